@@ -1,0 +1,94 @@
+"""The vocabulary: the field's own words, spelt once."""
+
+from enum import StrEnum
+
+
+class Precision(StrEnum):
+    """The format in which the matrix multiplications of a training step are computed."""
+
+    FP32 = "fp32"
+    TF32 = "tf32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    BF16_PURE = "bf16_pure"
+    FP8 = "fp8"
+    MXFP8 = "mxfp8"
+
+
+class Feature(StrEnum):
+    """What a device can have natively, emulated, or not at all."""
+
+    FP32 = "fp32"
+    TF32 = "tf32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    FP8 = "fp8"
+    MXFP8 = "mxfp8"
+    NVFP4 = "nvfp4"
+    FP16_TENSOR_CORES = "fp16_tensor_cores"
+    FLASH_ATTENTION_2 = "flash_attention_2"
+    FLASH_ATTENTION_3 = "flash_attention_3"
+    FLASH_ATTENTION_4 = "flash_attention_4"
+    BITSANDBYTES = "bitsandbytes"
+
+
+class DeviceKind(StrEnum):
+    """The driver stack that reaches a device."""
+
+    CUDA = "cuda"
+    ROCM = "rocm"
+    XPU = "xpu"
+    MPS = "mps"
+    CPU = "cpu"
+
+
+class Attention(StrEnum):
+    """Transformers' own names of the attention implementations."""
+
+    FLASH_ATTENTION_4 = "flash_attention_4"
+    FLASH_ATTENTION_3 = "flash_attention_3"
+    FLASH_ATTENTION_2 = "flash_attention_2"
+    SDPA = "sdpa"
+    FLEX = "flex_attention"
+    EAGER = "eager"
+
+
+class Strategy(StrEnum):
+    """How the processes of a run share the work and the model state."""
+
+    SINGLE = "single"
+    DDP = "ddp"
+    ZERO1 = "zero1"
+    ZERO2 = "zero2"
+    ZERO3 = "zero3"
+    FSDP2 = "fsdp2"
+
+    @property
+    def zero_stage(self) -> int | None:
+        """DeepSpeed's ZeRO stage; None where DeepSpeed is not the engine."""
+        return int(self[-1]) if self.startswith("zero") else None
+
+
+class OffloadDevice(StrEnum):
+    """Where ZeRO keeps what does not stay on the accelerator."""
+
+    NONE = "none"
+    CPU = "cpu"
+    NVME = "nvme"
+
+
+class Method(StrEnum):
+    """What is trained: every weight, adapters, or adapters on quantised weights."""
+
+    FULL = "full"
+    LORA = "lora"
+    QLORA = "qlora"
+
+
+class Task(StrEnum):
+    """What is learnt from the data."""
+
+    CAUSAL_LM = "causal_lm"
+    SFT = "sft"
+    SEQUENCE_CLASSIFICATION = "sequence_classification"
+    MASKED_LM = "masked_lm"
