@@ -1,0 +1,76 @@
+"""The command line: which commands there are, and how errors leave the process. No decision is made here.
+
+Start-up is part of the product: a command's module imports what it needs inside the command.
+"""
+
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from mpt import __version__
+from mpt.errors import ExitCode, MptError
+
+app = typer.Typer(
+    name="mpt",
+    help="Train transformers in the right precision, know why, and keep the run alive.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train transformers in the right precision, know why, and keep the run alive."""
+
+
+def _register() -> None:
+    from mpt.cli import recipes
+    from mpt.cli.detect_precision import detect_precision
+    from mpt.cli.formats import formats
+    from mpt.cli.generate_ds_config import generate_ds_config
+    from mpt.cli.plan import plan
+    from mpt.cli.schema import schema
+    from mpt.cli.train import train
+    from mpt.cli.validate import validate
+
+    app.command("train")(train)
+    app.command("plan")(plan)
+    app.command("validate")(validate)
+    app.add_typer(recipes.app, name="recipes")
+    app.command("schema")(schema)
+    app.command("detect-precision")(detect_precision)
+    app.command("generate-ds-config")(generate_ds_config)
+    # Values such as -1.5 are arguments, not options.
+    app.command("formats", context_settings={"ignore_unknown_options": True})(formats)
+
+
+_register()
+
+
+def main() -> NoReturn:
+    """Run the command line and end the process with the documented exit code."""
+    try:
+        app()
+    except MptError as error:
+        print(f"error: {error.problem}\n  {error.remedy}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        # The reader went away (`mpt formats | head`): nothing is wrong.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ExitCode.DONE)
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.INTERRUPTED)
+    sys.exit(ExitCode.DONE)

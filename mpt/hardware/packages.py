@@ -1,0 +1,23 @@
+"""Which optional packages are installed here: found without importing them."""
+
+from importlib.util import find_spec
+
+# Packages on which a decision depends.
+CONSIDERED = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "deepspeed",
+    "flash_attn",
+    "flash_attn_interface",
+    "peft",
+    "torch",
+    "torchao",
+    "transformer_engine",
+    "transformers",
+)
+
+
+def installed_packages() -> frozenset[str]:
+    """Name those of the considered packages that are installed in this environment."""
+    return frozenset(name for name in CONSIDERED if find_spec(name) is not None)

@@ -1,0 +1,41 @@
+"""What this version can carry out. Everything can be planned; what has no engine yet is refused before a run begins, never
+ignored."""
+
+from mpt.errors import MptError, UnsupportedError
+from mpt.planning.plan import Plan
+from mpt.terms import Method, Precision, Strategy, Task
+
+PRECISIONS = (Precision.FP32, Precision.TF32, Precision.FP16, Precision.BF16)
+
+
+def without_engine(plan: Plan) -> list[str]:
+    """Name each wish of the plan that this version can plan and not yet train."""
+    wishes = []
+    if plan.value("task") != Task.CAUSAL_LM:
+        wishes.append(f"task: {plan.value('task')}")
+    if plan.value("method") != Method.FULL:
+        wishes.append("quantization" if plan.value("method") == Method.QLORA else "lora")
+    if plan.value("precision") not in PRECISIONS:
+        wishes.append(f"precision: {plan.value('precision')}")
+    if plan.value("distributed.strategy") == Strategy.FSDP2:
+        wishes.append("distributed.strategy: fsdp2")
+    if plan.value("nodes") > 1:
+        wishes.append(f"{plan.value('nodes')} nodes")
+    return wishes
+
+
+def check_trainable(plan: Plan) -> None:
+    """Raise MptError where the plan needs an engine that is not there yet, UnsupportedError where it needs memory."""
+    wishes = without_engine(plan)
+    if wishes:
+        raise MptError(
+            f"not yet: this version of mpt plans {', '.join(wishes)} and can't train it",
+            remedy="`mpt plan` shows what it would do. What trains today: full fine-tuning and pretraining of causal "
+            "language models in fp32, tf32, fp16 and bf16, on one node, with one process, DDP or ZeRO 1-3.",
+        )
+    if not plan.memory.fits:
+        raise UnsupportedError(
+            f"the plan needs {plan.memory.peak_gib:.1f} GiB a device, and there are {plan.memory.capacity_gib:.1f}",
+            remedy="See `mpt plan` for the parts; a smaller micro_batch_size or data.sequence_length, "
+            "`gradient_checkpointing: true`, zero3 or `offload: cpu` need less.",
+        )

@@ -1,0 +1,214 @@
+"""`resolve(recipe, machine, facts) -> Plan`: what will happen, every value with its reason. Pure, and without torch.
+
+A Plan holds no "auto". The worker reads it and decides nothing; a restart writes another one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mpt.errors import MptError, StorageError
+from mpt.hardware.machine import Machine
+from mpt.hardware.specs import machine_from_json, machine_to_json
+from mpt.planning.attention import choose_attention
+from mpt.planning.decision import Decision, Origin, Rejected
+from mpt.planning.deepspeed import to_deepspeed
+from mpt.planning.memory import MemoryEstimate
+from mpt.planning.model_facts import ModelFacts
+from mpt.planning.number_formats import choose_number_formats
+from mpt.planning.precision import CheckpointFacts, choose_precision
+from mpt.planning.sharding import choose_layout
+from mpt.planning.training_arguments import to_training_arguments
+from mpt.recipe.schema import Recipe
+from mpt.recipe.training_keys import training_arguments
+from mpt.terms import Attention, Method, Precision
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do. `values` are the decisions under the names that programs may rely on."""
+
+    name: str
+    recipe: Recipe
+    machine: Machine
+    facts: ModelFacts
+    values: Mapping[str, Decision[Any]]
+    memory: MemoryEstimate
+    training_arguments: Mapping[str, Any]
+    deepspeed: Mapping[str, Any] | None = None
+    deepspeed_notes: tuple[str, ...] = ()
+    resume_from: str | None = None
+    version: int = field(default=PLAN_VERSION)
+
+    def value(self, key: str) -> Any:
+        """Look up a decided value: `plan.value("precision")`."""
+        return self.values[key].value
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the plan as JSON values; `Plan.from_json` reads them back."""
+        return {
+            "version": self.version,
+            "name": self.name,
+            "values": {key: decision_to_json(decision) for key, decision in self.values.items()},
+            "memory": self.memory.to_json(),
+            "machine": machine_to_json(self.machine),
+            "model": self.facts.to_json(),
+            "recipe": self.recipe.model_dump(mode="json", exclude_unset=True),
+            "training_arguments": dict(self.training_arguments),
+            "deepspeed": None if self.deepspeed is None else dict(self.deepspeed),
+            "deepspeed_notes": list(self.deepspeed_notes),
+            "resume_from": self.resume_from,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Plan":
+        """Read a plan back; raises StorageError for one that another version of mpt wrote."""
+        if data.get("version") != PLAN_VERSION:
+            raise StorageError(
+                f"the plan has version {data.get('version')}, and this mpt reads version {PLAN_VERSION}",
+                remedy="Go on with the mpt that began the run, or begin anew with --resume never.",
+            )
+        return cls(
+            name=data["name"],
+            recipe=Recipe.model_validate(data["recipe"]),
+            machine=machine_from_json(data["machine"]),
+            facts=ModelFacts.from_json(data["model"]),
+            values={key: decision_from_json(value) for key, value in data["values"].items()},
+            memory=MemoryEstimate.from_json(data["memory"]),
+            training_arguments=data["training_arguments"],
+            deepspeed=data["deepspeed"],
+            deepspeed_notes=tuple(data["deepspeed_notes"]),
+            resume_from=data["resume_from"],
+        )
+
+
+def decision_to_json(decision: Decision[Any]) -> dict[str, Any]:
+    rejected = [{"value": option.value, "reason": option.reason} for option in decision.rejected]
+    return {
+        "value": decision.value,
+        "origin": decision.origin.value,
+        "reason": decision.reason,
+        "rejected": rejected,
+    }
+
+
+def decision_from_json(data: Mapping[str, Any]) -> Decision[Any]:
+    rejected = tuple(Rejected(option["value"], option["reason"]) for option in data["rejected"])
+    return Decision(data["value"], Origin(data["origin"]), data["reason"], rejected)
+
+
+def resolve(
+    recipe: Recipe, machine: Machine, facts: ModelFacts, *, name: str, packages: frozenset[str] | None = None
+) -> Plan:
+    """Decide everything.
+
+    `packages` are the installed top-level packages that a choice depends on; None where nobody knows (a named machine).
+    Raises MptError for wishes that contradict each other, UnsupportedError for those that the machine can't fulfil. A
+    plan that does not fit the memory is made all the same; `plan.memory.fits` says so.
+    """
+    precision = choose_precision(
+        None if recipe.precision.mode == "auto" else Precision(recipe.precision.mode),
+        machine,
+        allow_emulation=recipe.precision.allow_emulation,
+        checkpoint=CheckpointFacts(facts.checkpoint_dtype, facts.overflows_in_fp16),
+    )
+    attention = choose_attention(
+        None if recipe.attention == "auto" else Attention(recipe.attention), machine, precision.value, packages
+    )
+    sequence_length = _sequence_length(recipe, facts)
+    layout = choose_layout(recipe, machine, facts, precision.value, attention.value, sequence_length.value)
+    method = _method(recipe)
+    formats = choose_number_formats(
+        recipe.precision, precision.value, layout.strategy.value, method.value, facts.checkpoint_dtype
+    )
+    keywords = to_training_arguments(
+        recipe,
+        precision=precision.value,
+        on_cpu=machine.is_cpu,
+        micro_batch_size=layout.micro_batch_size.value,
+        gradient_accumulation_steps=layout.gradient_accumulation_steps.value,
+        gradient_checkpointing=layout.gradient_checkpointing.value,
+    )
+    values: dict[str, Decision[Any]] = {
+        "task": _asked_or_default(recipe, "task", recipe.task.value, "predict the next token"),
+        "method": method,
+        "device": Decision(machine.kind.value, Origin.DERIVED, machine.label),
+        "precision": precision,
+        **formats,
+        "attention": attention,
+        "distributed.strategy": layout.strategy,
+        "offload": layout.offload,
+        "gradient_checkpointing": layout.gradient_checkpointing,
+        "nodes": Decision(machine.nodes, Origin.DERIVED, "the machine's"),
+        "processes_per_node": layout.processes_per_node,
+        "world_size": layout.world_size,
+        "micro_batch_size": layout.micro_batch_size,
+        "gradient_accumulation_steps": layout.gradient_accumulation_steps,
+        "global_batch_size": layout.global_batch_size,
+        "sequence_length": sequence_length,
+        "packing": _asked_or_default(
+            recipe.data, "packing", recipe.data.packing, "blocks without padding waste no compute"
+        ),
+        "optimizer": _training_value(recipe, "optim"),
+        "learning_rate": _training_value(recipe, "learning_rate"),
+        "lr_scheduler": _training_value(recipe, "lr_scheduler_type"),
+        "max_steps": _max_steps(recipe),
+    }
+    plan = Plan(
+        name=name,
+        recipe=recipe,
+        machine=machine,
+        facts=facts,
+        values={key: _plain(decision) for key, decision in values.items()},
+        memory=layout.memory,
+        training_arguments=keywords,
+    )
+    return plan
+
+
+def _plain(decision: Decision[Any]) -> Decision[Any]:
+    """Turn a member of an enumeration into its text, so that a plan read back equals the plan written."""
+    return Decision(getattr(decision.value, "value", decision.value), decision.origin, decision.reason, decision.rejected)
+
+
+def _method(recipe: Recipe) -> Decision[Method]:
+    if recipe.quantization is not None:
+        return Decision(Method.QLORA, Origin.ASKED, "adapters on quantised weights")
+    if recipe.lora is not None:
+        return Decision(Method.LORA, Origin.ASKED, "adapters on frozen weights")
+    return Decision(Method.FULL, Origin.AUTO, "no lora block: every weight is trained")
+
+
+def _asked_or_default(section: Any, key: str, value: Any, reason: str) -> Decision[Any]:
+    if key in section.model_fields_set:
+        return Decision(value, Origin.ASKED, "the recipe asks for it")
+    return Decision(value, Origin.AUTO, f"mpt's default: {reason}")
+
+
+def _training_value(recipe: Recipe, key: str) -> Decision[Any]:
+    asked = recipe.training_keys
+    if key in asked:
+        return Decision(asked[key], Origin.ASKED, f"the recipe's training.{key}")
+    return Decision(training_arguments()[key]["default"], Origin.AUTO, "transformers' default")
+
+
+def _max_steps(recipe: Recipe) -> Decision[int | None]:
+    steps = recipe.training_keys.get("max_steps", -1)
+    if steps > 0:
+        return Decision(steps, Origin.ASKED, "the recipe's training.max_steps")
+    epochs = _training_value(recipe, "num_train_epochs")
+    return Decision(None, epochs.origin, f"{epochs.value:g} epochs; the steps follow from the data")
+
+
+def _sequence_length(recipe: Recipe, facts: ModelFacts) -> Decision[int]:
+    decision = _asked_or_default(recipe.data, "sequence_length", recipe.data.sequence_length, "tokens a sample")
+    if facts.max_positions is None or decision.value <= facts.max_positions:
+        return decision
+    if decision.origin is Origin.AUTO:
+        return Decision(facts.max_positions, Origin.DERIVED, "the model has no more positions")
+    raise MptError(
+        f"data.sequence_length is {decision.value}, and the model has {facts.max_positions} positions",
+        remedy=f"Set data.sequence_length to {facts.max_positions} or less.",
+    )
