@@ -9,7 +9,7 @@ from typing import Any
 
 from mpt.errors import MptError, StorageError
 from mpt.hardware.machine import Machine
-from mpt.hardware.specs import machine_from_json, machine_to_json
+from mpt.hardware.machine_json import machine_from_json, machine_to_json
 from mpt.planning.attention import choose_attention
 from mpt.planning.decision import Decision, Origin, Rejected
 from mpt.planning.deepspeed import to_deepspeed
@@ -73,7 +73,7 @@ class Plan:
         return cls(
             name=data["name"],
             recipe=Recipe.model_validate(data["recipe"]),
-            machine=machine_from_json(data["machine"]),
+            machine=machine_from_json(data["machine"], "plan.json"),
             facts=ModelFacts.from_json(data["model"]),
             values={key: decision_from_json(value) for key, value in data["values"].items()},
             memory=MemoryEstimate.from_json(data["memory"]),

@@ -1,0 +1,151 @@
+"""A recipe resolved for a machine: nothing is automatic any more, and everything has a reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpt.errors import MptError, UnsupportedError
+from mpt.hardware.specs import parse_machine
+from mpt.planning.engines import check_trainable, without_engine
+from mpt.planning.explain import explain_short
+from mpt.planning.model_facts import learn_model_facts
+from mpt.planning.plan import Plan, resolve
+from mpt.recipe.catalog import find_recipe, list_recipes
+from mpt.recipe.load import load_recipe
+from mpt.recipe.schema import Recipe
+
+KEYS = {
+    "precision",
+    "attention",
+    "distributed.strategy",
+    "offload",
+    "gradient_checkpointing",
+    "micro_batch_size",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+    "world_size",
+    "optimizer",
+}
+TINY = {
+    "model": {"config": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+                         "num_attention_heads": 4, "max_position_embeddings": 128}},
+    "data": {"source": "builtin:python-reference", "sequence_length": 64},
+}  # fmt: skip
+
+
+def plan_of(machine: str, name: str = "a-plan", **keys: Any) -> Plan:
+    recipe = Recipe.model_validate(TINY | keys)
+    return resolve(recipe, parse_machine(machine), learn_model_facts(recipe), name=name)
+
+
+def built_in(name: str, machine: str) -> Plan:
+    recipe = load_recipe(find_recipe(name))
+    return resolve(recipe, parse_machine(machine), learn_model_facts(recipe), name=name)
+
+
+@pytest.mark.parametrize("machine", ["T4", "8xH100", "2x8xA100-80GB", "cpu"])
+@pytest.mark.parametrize("name", [entry.name for entry in list_recipes()])
+def test_every_built_in_recipe_is_planned_without_an_auto_and_with_reasons(name: str, machine: str) -> None:
+    plan = built_in(name, machine)
+    assert set(plan.values) >= KEYS
+    for key, decision in plan.values.items():
+        assert decision.value != "auto", key
+        assert decision.reason, key
+        assert decision.origin in ("asked", "derived", "auto")
+    batch = plan.value("micro_batch_size") * plan.value("gradient_accumulation_steps") * plan.value("world_size")
+    assert batch == plan.value("global_batch_size")
+    assert '"auto"' not in json.dumps(plan.deepspeed)
+
+
+@pytest.mark.parametrize("machine", ["cpu", "4xV100"])
+def test_a_plan_read_back_equals_the_plan_written(machine: str) -> None:
+    plan = plan_of(machine, distributed={"strategy": "zero2"}, training={"max_steps": 10})
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_a_plan_of_another_version_is_refused() -> None:
+    with pytest.raises(MptError, match="version 99"):
+        Plan.from_json(plan_of("cpu").to_json() | {"version": 99})
+
+
+@pytest.mark.parametrize(
+    ("machine", "keys", "formats"),
+    [
+        ("A100-80GB", {}, ("bf16", "bf16", "fp32", "fp32", "fp32")),
+        ("A100-80GB", {"precision": "fp32"}, ("fp32", None, "fp32", "fp32", "fp32")),
+        ("T4", {}, ("fp16", "fp16", "fp32", "fp32", "fp32")),
+        ("8xA100-80GB", {"distributed": {"strategy": "zero2"}}, ("bf16", None, "bf16", "fp32", "fp32")),
+        ("A100-80GB", {"precision": "bf16_pure"}, ("bf16_pure", None, "bf16", "bf16", "bf16")),
+    ],
+)
+def test_the_plan_says_which_format_holds_what(machine: str, keys: dict[str, Any], formats: tuple[Any, ...]) -> None:
+    plan = plan_of(machine, **keys)
+    names = ("precision", "autocast_dtype", "weights_dtype", "master_weights_dtype", "optimizer_state_dtype")
+    assert tuple(plan.value(name) for name in names) == formats
+
+
+def test_a_checkpoint_in_bf16_is_still_trained_with_fp32_master_weights() -> None:
+    plan = built_in("llama2-7b-full", "8xH100")
+    assert plan.value("master_weights_dtype") == "fp32"
+
+
+def test_a_training_key_reaches_the_keywords_under_its_own_name() -> None:
+    keys = {"learning_rate": 3e-4, "warmup_steps": 0.1, "eval_strategy": "no", "adam_beta2": 0.95, "seed": 7}
+    keywords = plan_of("cpu", training=keys).training_arguments
+    assert {key: keywords[key] for key in keys} == keys
+
+
+@pytest.mark.parametrize(
+    ("precision", "machine", "flags"),
+    [("bf16", "A100-80GB", (True, False)), ("fp16", "T4", (False, True)), ("fp32", "T4", (False, False))],
+)
+def test_the_precision_becomes_the_trainers_flags(precision: str, machine: str, flags: tuple[bool, bool]) -> None:
+    keywords = plan_of(machine, precision=precision).training_arguments
+    assert (keywords["bf16"], keywords["fp16"]) == flags
+    assert keywords["logging_nan_inf_filter"] is False
+
+
+def test_a_loss_scale_for_a_precision_that_has_none_is_refused() -> None:
+    with pytest.raises(MptError, match="loss_scale"):
+        plan_of("A100-80GB", precision={"loss_scale": {"initial": 1024}})
+
+
+def test_a_sequence_longer_than_the_models_positions_is_refused() -> None:
+    with pytest.raises(MptError, match="128 positions"):
+        plan_of("cpu", data={"source": "builtin:python-reference", "sequence_length": 256})
+
+
+def test_a_default_sequence_length_bows_to_the_models_positions() -> None:
+    assert plan_of("cpu", data="builtin:python-reference").value("sequence_length") == 128
+
+
+@pytest.mark.parametrize(
+    ("name", "machine", "wish"),
+    [("qwen2.5-0.5b-sft", "H100", "sft"), ("llama2-7b-qlora", "RTX 4090", "quantization"),
+     ("bert-glue-mrpc", "T4", "sequence_classification")],
+)  # fmt: skip
+def test_what_has_no_engine_yet_is_planned_and_refused_by_training(name: str, machine: str, wish: str) -> None:
+    plan = built_in(name, machine)
+    assert any(wish in named for named in without_engine(plan))
+    with pytest.raises(MptError, match="not yet"):
+        check_trainable(plan)
+
+
+def test_a_plan_that_does_not_fit_is_refused_by_training_with_the_sizes() -> None:
+    plan = built_in("llama2-7b-full", "T4")
+    assert not plan.memory.fits
+    with pytest.raises(UnsupportedError, match="GiB"):
+        check_trainable(plan)
+
+
+def test_the_short_form_names_the_precision_and_its_reason() -> None:
+    lines = dict(explain_short(plan_of("T4")))
+    assert lines["precision"].startswith("fp16 (auto)")
+    assert "no native bf16" in lines["precision"]
+
+
+def test_recipes_stay_short(tmp_path: Path) -> None:
+    for entry in list_recipes():
+        assert len(Path(entry.path).read_text(encoding="utf-8").splitlines()) <= 35, entry.name
