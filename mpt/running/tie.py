@@ -1,0 +1,42 @@
+"""Tie a process to its parent's life: when the parent dies, however it dies, the kernel kills the child.
+
+`die_with_parent()` for a process of ours, `python -m mpt.running.tie -- COMMAND ...` for somebody else's (torchrun). Linux
+only; elsewhere both do nothing but run.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the thread that started this process ends (prctl(2), PR_SET_PDEATHSIG).
+
+    The setting survives execve but not fork. A parent that died before the call is noticed: then the process ends here.
+    """
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    # Reparented between the two looks, or adopted by init before the first: the signal would never come. In a container
+    # the parent may rightly be process 1, so an unchanged 1 proves nothing and is left alone.
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(arguments: list[str]) -> None:
+    """Become COMMAND, tied to the parent of this process."""
+    command = arguments[1:] if arguments[:1] == ["--"] else arguments
+    if not command:
+        sys.exit("usage: python -m mpt.running.tie -- COMMAND [ARGUMENT ...]")
+    die_with_parent()
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
