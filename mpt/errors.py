@@ -1,7 +1,8 @@
 """The errors that mpt answers with, and the exit codes that programs may rely on.
 
-An `MptError` is a message for the person at the terminal: what is wrong, and what to do about it. Any other exception is a
-bug of ours. Only the two `main` functions (`mpt.cli.main`, `mpt.training.worker`) turn either into an exit status.
+An `MptError` is a message for the person at the terminal: what is wrong, and what to do about it. Any other
+exception is a bug of ours. Only the two `main` functions (`mpt.cli.main`, `mpt.training.worker`) turn either into
+an exit status.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 """What mpt costs a training step: tokens per CPU-second of `mpt train` against a plain Trainer script.
 
-Each round runs both programs, and the plain one a second time as a null control, at two lengths, interleaved. The difference
-of the two lengths leaves the steps alone: start-up, evaluation and the last save cancel. CPU time is that of all processes of a
-run, the supervisor included. Prints one JSON object; the medians of the rounds and their spread.
+Each round runs both programs, and the plain one a second time as a null control, at two lengths, interleaved. The
+difference of the two lengths leaves the steps alone: start-up, evaluation and the last save cancel. CPU time is
+that of all processes of a run, the supervisor included. Prints one JSON object; the medians of the rounds and their
+spread.
 """
 
 import argparse
@@ -22,7 +23,9 @@ SEQUENCE_LENGTH = 256
 def cpu_seconds(command: list[str]) -> float:
     """Run a command and give the CPU time of it and all processes that it waited for."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, check=False
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr.decode()[-3000:]}")
@@ -67,7 +70,8 @@ def main() -> None:
                 rates[name].append(tokens / (seconds[1] - seconds[0]))
                 print(f"round {round_number} {name}: {rates[name][-1]:.0f} tokens per CPU-second", file=sys.stderr)
     ratios = {
-        name: [rate / base for rate, base in zip(rates[name], rates["plain"], strict=True)] for name in ("mpt", "control")
+        name: [rate / base for rate, base in zip(rates[name], rates["plain"], strict=True)]
+        for name in ("mpt", "control")
     }
     print(
         json.dumps(

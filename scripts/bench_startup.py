@@ -39,7 +39,9 @@ def supervisor_peak_mib() -> float:
                 status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
             except OSError:
                 break
-            peak_kib = max([peak_kib, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))])
+            peak_kib = max(
+                [peak_kib, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))]
+            )
             time.sleep(0.2)
         if process.wait():
             sys.exit(f"the run ended with {process.returncode}")

@@ -1,7 +1,7 @@
 """Train the quickstart recipe in every precision and engine that a CUDA machine has, and print what held.
 
-Each case is one `mpt train` of a few steps. It held when the run finished, the audit passed and the loss fell. A case that
-this machine can't do must be refused with exit code 3 before anything is trained.
+Each case is one `mpt train` of a few steps. It held when the run finished, the audit passed and the loss fell. A
+case that this machine can't do must be refused with exit code 3 before anything is trained.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The reference of `scripts/bench_overhead`: a training script without mpt, as one would write it for the same run.
 
-Same model, tokenizer, data, batch, schedule and precision as the quickstart recipe; nothing is watched, audited or saved.
+Same model, tokenizer, data, batch, schedule and precision as the quickstart recipe; nothing is watched, audited or
+saved.
 """
 
 import argparse

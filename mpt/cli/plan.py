@@ -1,7 +1,6 @@
 """`mpt plan`: print what would happen."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,9 +14,9 @@ def make_plan(recipe: str, overrides: list[str], machine: str | None, name: str 
     import os
 
     from mpt.hardware.detect import detect_machine
+    from mpt.hardware.packages import installed_packages
     from mpt.hardware.specs import parse_machine
     from mpt.planning.model_facts import learn_model_facts
-    from mpt.hardware.packages import installed_packages
     from mpt.planning.plan import resolve
     from mpt.recipe.catalog import find_recipe
     from mpt.recipe.load import load_recipe

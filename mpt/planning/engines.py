@@ -1,5 +1,5 @@
-"""What this version can carry out. Everything can be planned; what has no engine yet is refused before a run begins, never
-ignored."""
+"""What this version can carry out. Everything can be planned; what has no engine yet is refused before a run
+begins, never ignored."""
 
 from mpt.errors import MptError, UnsupportedError
 from mpt.planning.plan import Plan

@@ -1,8 +1,8 @@
 """Which format holds weights, gradients, optimizer state and sums, given the precision and the engine. Pure.
 
-The precision names only the format of the matrix multiplications. What else is kept in how many bits decides whether small
-updates survive: an update below half a unit in the last place of a bf16 weight vanishes (Zamirai et al. 2020,
-arXiv:2010.06192), and a bf16 second moment with beta2 0.999 never decays.
+The precision names only the format of the matrix multiplications. What else is kept in how many bits decides
+whether small updates survive: an update below half a unit in the last place of a bf16 weight vanishes (Zamirai et
+al. 2020, arXiv:2010.06192), and a bf16 second moment with beta2 0.999 never decays.
 """
 
 from typing import Any
@@ -78,7 +78,9 @@ def _sum_dtype(key: str, asked: str | None, precision: Precision, strategy: Stra
     if strategy.zero_stage is not None:
         if asked is not None:
             return Decision(asked, Origin.ASKED, "the recipe asks for it")
-        return Decision("fp32", Origin.AUTO, f"gradients are {what} in fp32; DeepSpeed's own default is the 16-bit type")
+        return Decision(
+            "fp32", Origin.AUTO, f"gradients are {what} in fp32; DeepSpeed alone would in 16 bits"
+        )
     of_gradients = "bf16" if precision is Precision.BF16_PURE else "fp32"
     if asked not in (None, of_gradients):
         raise MptError(

@@ -12,7 +12,6 @@ from mpt.hardware.machine import Machine
 from mpt.hardware.machine_json import machine_from_json, machine_to_json
 from mpt.planning.attention import choose_attention
 from mpt.planning.decision import Decision, Origin, Rejected
-from mpt.planning.deepspeed import to_deepspeed
 from mpt.planning.memory import MemoryEstimate
 from mpt.planning.model_facts import ModelFacts
 from mpt.planning.number_formats import choose_number_formats
@@ -170,7 +169,9 @@ def resolve(
 
 def _plain(decision: Decision[Any]) -> Decision[Any]:
     """Turn a member of an enumeration into its text, so that a plan read back equals the plan written."""
-    return Decision(getattr(decision.value, "value", decision.value), decision.origin, decision.reason, decision.rejected)
+    return Decision(
+        getattr(decision.value, "value", decision.value), decision.origin, decision.reason, decision.rejected
+    )
 
 
 def _method(recipe: Recipe) -> Decision[Method]:

@@ -1,7 +1,7 @@
 """Plan -> keywords for `transformers.TrainingArguments`: a dict, because building the class imports torch.
 
-The recipe's `training:` keys pass through under their own names. What mpt decides is added, and nothing else: a default of
-the Trainer that mpt does not need to change is left to it.
+The recipe's `training:` keys pass through under their own names. What mpt decides is added, and nothing else: a
+default of the Trainer that mpt does not need to change is left to it.
 """
 
 from typing import Any
@@ -9,8 +9,8 @@ from typing import Any
 from mpt.recipe.schema import Recipe
 from mpt.terms import Precision
 
-# Said elsewhere in the plan under mpt's own names, or done by mpt itself (save_total_limit: mpt prunes by step and keeps
-# the best checkpoint; the Trainer goes by modification time).
+# Said elsewhere in the plan under mpt's own names, or done by mpt itself (save_total_limit: mpt prunes by step and
+# keeps the best checkpoint; the Trainer goes by modification time).
 OURS = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",

@@ -1,11 +1,11 @@
 """What a person may write in a recipe. The documentation of a key stands with its field: the JSON Schema, the README's
 reference and the error messages are made from here.
 
-Every model refuses unknown keys and is frozen. A key left out is None or "auto": `mpt.planning` decides it and says why.
-Rules that need the machine or the model are not here.
+Every model refuses unknown keys and is frozen. A key left out is None or "auto": `mpt.planning` decides it and says
+why. Rules that need the machine or the model are not here.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -91,7 +91,8 @@ class DataSection(Section):
     eval_split: str | None = None
     """Split of a hub data set to evaluate on, such as `validation`."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    """Share of the documents held out for evaluation where neither `eval_source` nor `eval_split` is given; 0 for none."""
+    """Share of the documents held out for evaluation where neither `eval_source` nor `eval_split` is given; 0 for
+    none."""
     sequence_length: PositiveInt = 1024
     """Tokens a sample."""
     packing: bool = True
@@ -278,7 +279,7 @@ class Recipe(Section):
     @property
     def training_keys(self) -> dict[str, Any]:
         """The keys of `training:` that the recipe gives, and no other."""
-        return self.training.model_dump(exclude_unset=True)
+        return cast(BaseModel, self.training).model_dump(exclude_unset=True)
 
     @property
     def asked_micro_batch_size(self) -> int | None:

@@ -1,7 +1,7 @@
 """The keys of `training:`: those of transformers' TrainingArguments, less the ones that mpt itself decides.
 
-The list with types and defaults is read from `training_arguments.json`, which `scripts/regenerate` writes from the installed
-transformers: validating a recipe must not import torch.
+The list with types and defaults is read from `training_arguments.json`, which `scripts/regenerate` writes from the
+installed transformers: validating a recipe must not import torch.
 """
 
 import json
@@ -53,7 +53,8 @@ OWNED: dict[str, str] = {
     "label_names": "mpt prepares the columns; leave it out",
 }
 
-# Keys of older versions: the message names what to write now (transformers 4.57 -> 5.23, difference of the two classes).
+# Keys of older versions: the message names what to write now (transformers 4.57 -> 5.23, difference of the two
+# classes).
 REMOVED: dict[str, str] = {
     "warmup_ratio": "write warmup_steps: a number below 1 is a share of all steps",
     "save_safetensors": "leave it out: checkpoints are always safetensors",
@@ -78,7 +79,7 @@ REMOVED: dict[str, str] = {
     "group_by_length": "write `train_sampling_strategy: group_by_length`",
     "use_legacy_prediction_loop": "leave it out",
     "include_inputs_for_metrics": "write `include_for_metrics: [inputs]`",
-    "include_tokens_per_second": "write `include_num_input_tokens_seen: non_padding`; mpt reports tokens per second anyway",
+    "include_tokens_per_second": "leave it out: mpt reports tokens per second; to count, include_num_input_tokens_seen",
     "push_to_hub_model_id": "write hub_model_id",
     "push_to_hub_organization": "write hub_model_id with the organisation in it",
     "push_to_hub_token": "set HF_TOKEN in the environment: a recipe is no place for a secret",
@@ -100,7 +101,7 @@ def _annotation(entry: dict[str, Any]) -> Any:
     types = [PYTHON_TYPES[name] for name in entry["types"] if not (name == "string" and "choices" in entry)]
     if "choices" in entry:
         types.append(Literal[tuple(entry["choices"])])
-    return Union[tuple(types)]
+    return Union[tuple(types)]  # noqa: UP007  # made at run time
 
 
 def _build_section() -> type[BaseModel]:
