@@ -152,7 +152,7 @@ def _limits_table() -> str:
                 target.name,
                 str(target.bits),
                 f"{target.sign_bits}/{target.exponent_bits}/{target.mantissa_bits}",
-                *(f"{float(limit):.6g}" for limit in limits),
+                *(f"{float(limit):.5g}" for limit in limits),
                 f"{target.decimal_digits:.2f}",
             )
         )

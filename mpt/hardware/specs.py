@@ -41,7 +41,7 @@ def parse_machine(spec: str) -> Machine:
     nodes, groups = _split(text)
     if any(group.card is None for group in groups):
         return _cpu_machine(text, nodes, groups)
-    devices = [_to_device(group) for group in groups for _ in range(group.count)]
+    devices = [device for group in groups for device in [_to_device(group)] * group.count]
     if len({device.kind for device in devices}) > 1:
         raise MptError(f"--machine {text}: one machine can't mix NVIDIA, AMD and Intel devices", remedy=HOW_TO_NAME)
     if any(group.mig_profile for group in groups) and len(devices) * nodes > 1:
