@@ -4,7 +4,7 @@ A Plan holds no "auto". The worker reads it and decides nothing; a restart write
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpt.errors import MptError, StorageError
@@ -12,6 +12,7 @@ from mpt.hardware.machine import Machine
 from mpt.hardware.machine_json import machine_from_json, machine_to_json
 from mpt.planning.attention import choose_attention
 from mpt.planning.decision import Decision, Origin, Rejected
+from mpt.planning.deepspeed import to_deepspeed
 from mpt.planning.memory import MemoryEstimate
 from mpt.planning.model_facts import ModelFacts
 from mpt.planning.number_formats import choose_number_formats
@@ -155,23 +156,27 @@ def resolve(
         "lr_scheduler": _training_value(recipe, "lr_scheduler_type"),
         "max_steps": _max_steps(recipe),
     }
-    plan = Plan(
+    values = {key: _plain(decision) for key, decision in values.items()}
+    deepspeed: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    if layout.strategy.value.zero_stage is not None:
+        deepspeed, notes = to_deepspeed({key: decision.value for key, decision in values.items()}, facts, keywords)
+    return Plan(
         name=name,
         recipe=recipe,
         machine=machine,
         facts=facts,
-        values={key: _plain(decision) for key, decision in values.items()},
+        values=values,
         memory=layout.memory,
         training_arguments=keywords,
+        deepspeed=deepspeed,
+        deepspeed_notes=notes,
     )
-    return plan
 
 
 def _plain(decision: Decision[Any]) -> Decision[Any]:
     """Turn a member of an enumeration into its text, so that a plan read back equals the plan written."""
-    return Decision(
-        getattr(decision.value, "value", decision.value), decision.origin, decision.reason, decision.rejected
-    )
+    return replace(decision, value=getattr(decision.value, "value", decision.value))
 
 
 def _method(recipe: Recipe) -> Decision[Method]:

@@ -62,7 +62,7 @@ def test_every_built_in_recipe_is_planned_without_an_auto_and_with_reasons(name:
 @pytest.mark.parametrize("machine", ["cpu", "4xV100"])
 def test_a_plan_read_back_equals_the_plan_written(machine: str) -> None:
     plan = plan_of(machine, distributed={"strategy": "zero2"}, training={"max_steps": 10})
-    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert Plan.from_json(json.loads(json.dumps(plan.to_json()))).to_json() == plan.to_json()
 
 
 def test_a_plan_of_another_version_is_refused() -> None:
@@ -134,7 +134,7 @@ def test_what_has_no_engine_yet_is_planned_and_refused_by_training(name: str, ma
 
 
 def test_a_plan_that_does_not_fit_is_refused_by_training_with_the_sizes() -> None:
-    plan = built_in("llama2-7b-full", "T4")
+    plan = plan_of("T4", model="meta-llama/Llama-2-70b-hf", offload="none")
     assert not plan.memory.fits
     with pytest.raises(UnsupportedError, match="GiB"):
         check_trainable(plan)
