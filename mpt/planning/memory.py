@@ -1,0 +1,348 @@
+"""THE memory formulas: what one rank holds while it trains, and what the host holds under offload. Pure.
+
+Sources: model states by ZeRO stage, Rajbhandari et al. 2020 (arXiv:1910.02054), sections 3.1 and 5; activations, the
+method of Korthikanti et al. 2022 (arXiv:2205.05198), section 4, applied to the tensors that the modules of
+transformers save; buffers, the fields of deepspeed/runtime/zero/config.py and torch's DistributedDataParallel.
+`tests/training/test_memory.py` holds the formulas against torch's own accounting of real training steps.
+
+A step has two peaks, and the estimate is the higher one: the turn from forward to backward (all activations and
+logits, and gradients only where they accumulate), and the optimizer step (all gradients, no activations). So the
+parts, each at its own height, may add up to more than the peak. GiB is 2**30 bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from mpt.planning.model_facts import ModelFacts
+from mpt.terms import Attention, Method, OffloadDevice, Strategy, Task
+
+GIB = 2**30
+
+# Bytes an element. 4-bit weights carry a constant for each block of 64; with double quantisation these are 8-bit, with
+# an fp32 constant for each 256 of them: 0.127 bits a weight (Dettmers et al. 2023, arXiv:2305.14314, section 3).
+BYTES: dict[str, float] = {
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "fp16": 2.0,
+    "int8": 1.0,
+    "nf4": 0.5 + 0.127 / 8,
+    "fp4": 0.5 + 0.127 / 8,
+}
+
+# DeepSpeed's defaults, which `mpt.planning.deepspeed` leaves or writes (deepspeed/runtime/zero/config.py, 0.19.8).
+MAX_LIVE_PARAMETERS = 1_000_000_000
+SUB_GROUP_SIZE = 1_000_000_000
+SWAP_BUFFERS = 4
+
+# What a process holds before any tensor: a CUDA context with the kernels of torch and cuBLAS, NCCL's channels, and on
+# a CPU the Python process itself. Orders of magnitude from practice; they decide only the last half GiB.
+CUDA_CONTEXT = 0.6 * GIB
+NCCL = 0.5 * GIB
+CPU_PROCESS = 0.6 * GIB
+# The allocators hold more than the tensors: CUDA's caching allocator rounds and fragments; on a CPU the resident
+# high-water of real runs stood 20 to 33 % above the tensors (malloc, oneDNN scratch).
+ALLOCATOR_SHARE_CUDA = 0.05
+ALLOCATOR_SHARE_CPU = 0.25
+# A plan fits when its peak stays under this share of the memory: the driver and the operating system take theirs.
+USABLE_SHARE_GPU = 0.95
+USABLE_SHARE_CPU = 0.85
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Everything that the memory of a rank depends on. Dtypes are "fp32", "bf16", "fp16", and "nf4", "fp4", "int8" for
+    frozen weights; `weights_dtype` is that of the base under adapters. `accumulates`: more than one micro batch a step.
+    """
+
+    facts: ModelFacts
+    method: Method
+    task: Task
+    strategy: Strategy
+    world_size: int
+    processes_per_node: int
+    on_cpu: bool
+    weights_dtype: str
+    gradient_dtype: str
+    grad_accum_dtype: str
+    optimizer_state_dtype: str
+    autocast_dtype: str | None
+    optimizer: str
+    attention: Attention
+    sequence_length: int
+    micro_batch_size: int = 1
+    accumulates: bool = False
+    gradient_checkpointing: bool = False
+    offload_optimizer: OffloadDevice = OffloadDevice.NONE
+    offload_parameters: OffloadDevice = OffloadDevice.NONE
+    lora_rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """What a plan needs: a rank, and with `host_gib` a node for what is offloaded.
+
+    A capacity of None is unknown, and taken to be enough.
+    """
+
+    parts_gib: Mapping[str, float]
+    peak_gib: float
+    host_gib: float = 0.0
+    capacity_gib: float | None = None
+    host_capacity_gib: float | None = None
+    fits: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the estimate as JSON values, rounded to 0.001 GiB."""
+        data = asdict(self)
+        rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in data.items()}
+        return rounded | {"parts_gib": {key: round(value, 3) for key, value in self.parts_gib.items()}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "MemoryEstimate":
+        """Read what `to_json` wrote."""
+        return cls(**data)
+
+
+def estimate_memory(
+    work: Workload, *, capacity_gib: float | None = None, host_capacity_gib: float | None = None
+) -> MemoryEstimate:
+    """Estimate a rank's peak and compare it with `capacity_gib`, a rank's share of device (or host) memory."""
+    weights = weights_bytes(work)
+    gradients = gradients_bytes(work)
+    optimizer = optimizer_bytes(work)
+    communication = communication_bytes(work)
+    cache = autocast_cache_bytes(work)
+    kept, recomputed = activation_bytes(work)
+    logits = logits_bytes(work)
+    resident = weights + optimizer + communication
+    turn = resident + cache + kept + max(logits, recomputed) + (gradients if work.accumulates else 0)
+    step = resident + gradients + step_bytes(work)
+    tensors = max(turn, step)
+    if work.on_cpu:
+        overhead = CPU_PROCESS + ALLOCATOR_SHARE_CPU * tensors
+    else:
+        overhead = CUDA_CONTEXT + (NCCL if work.world_size > 1 else 0) + ALLOCATOR_SHARE_CUDA * tensors
+    parts = {
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": kept + recomputed,
+        "logits": logits,
+        "autocast_cache": cache,
+        "communication": communication,
+        "overhead": overhead,
+    }
+    peak, host = (tensors + overhead) / GIB, host_bytes(work) / GIB
+    usable = USABLE_SHARE_CPU if work.on_cpu else USABLE_SHARE_GPU
+    fits = capacity_gib is None or peak <= usable * capacity_gib
+    host_fits = host_capacity_gib is None or host <= USABLE_SHARE_CPU * host_capacity_gib
+    gib = {key: value / GIB for key, value in parts.items() if value}
+    return MemoryEstimate(gib, peak, host, capacity_gib, host_capacity_gib if host else None, fits and host_fits)
+
+
+def optimizer_bytes_per_parameter(optimizer: str, state_dtype: str = "fp32") -> float:
+    """Bytes of state a trained parameter, less any master copy, for a name of TrainingArguments.optim.
+
+    Two moments for the Adam family; one for lion, adagrad and rmsprop; a row and a column for adafactor (its share is
+    small and counted as 0.1); none for sgd without momentum. Block-wise quantised states are a byte (Dettmers et al.
+    2022, arXiv:2110.02861) or half a one. A name not known here counts as Adam.
+
+    >>> optimizer_bytes_per_parameter("adamw_torch_fused"), optimizer_bytes_per_parameter("adamw_8bit")
+    (8.0, 2.0)
+    >>> optimizer_bytes_per_parameter("lion_32bit"), optimizer_bytes_per_parameter("sgd")
+    (4.0, 0.0)
+    """
+    name = optimizer.removeprefix("paged_")
+    if name in ("sgd", "lomo"):
+        return 0.0
+    if name == "adafactor":
+        return 0.1
+    states = 1 if name.startswith(("lion", "adagrad", "rmsprop")) else 3 if name.startswith(("ademamix", "grok")) else 2
+    if name.endswith("8bit"):
+        return states * 1.0
+    return states * (0.5 if name.endswith("4bit") else BYTES[state_dtype])
+
+
+def trainable_parameters(work: Workload) -> int:
+    """Parameters with a gradient: all of them, or rank x (in + out) for each linear layer of the blocks (Hu et al.
+    2021).
+    """
+    if work.method is Method.FULL:
+        return work.facts.parameters
+    facts = work.facts
+    query, key_value = facts.attention_heads * facts.head_dim, facts.key_value_heads * facts.head_dim
+    shapes = [(facts.hidden_size, query), (query, facts.hidden_size)] + 2 * [(facts.hidden_size, key_value)]
+    shapes += (3 if facts.gated_mlp else 2) * [(facts.hidden_size, facts.intermediate_size)]
+    return facts.layers * work.lora_rank * sum(into + out for into, out in shapes)
+
+
+def weights_bytes(work: Workload) -> float:
+    """Parameters as they stand on the device between their uses."""
+    if work.method is Method.FULL:
+        stored = work.facts.parameters * BYTES[work.weights_dtype]
+    elif work.method is Method.LORA:
+        stored = work.facts.parameters * BYTES[work.weights_dtype] + trainable_parameters(work) * 4
+    else:
+        # peft's prepare_model_for_kbit_training casts everything that is not quantised to fp32.
+        rest = work.facts.parameters - work.facts.linear_parameters + trainable_parameters(work)
+        stored = work.facts.linear_parameters * BYTES[work.weights_dtype] + rest * 4
+    if work.offload_parameters is not OffloadDevice.NONE:
+        return 0.0
+    return stored / _shards(work, 3)
+
+
+def gradients_bytes(work: Workload) -> float:
+    """Gradients at their fullest, at the end of a backward pass."""
+    trained = trainable_parameters(work)
+    own, accumulated = BYTES[work.gradient_dtype], BYTES[work.grad_accum_dtype]
+    if work.strategy is Strategy.ZERO1:
+        # Whole gradients, and beside them a whole accumulator where its dtype is another.
+        return trained * (own + (accumulated if accumulated != own else 0))
+    if work.strategy.zero_stage:
+        on_device = 0 if work.offload_optimizer is not OffloadDevice.NONE else accumulated
+        return trained * on_device / work.world_size
+    return trained * own / _shards(work, 3)
+
+
+def optimizer_bytes(work: Workload) -> float:
+    """Optimizer states, and DeepSpeed's fp32 master copy, which every stage divides over the ranks."""
+    trained = trainable_parameters(work)
+    states = trained * optimizer_bytes_per_parameter(work.optimizer, work.optimizer_state_dtype)
+    if work.strategy.zero_stage is None:
+        return states / _shards(work, 3)
+    if work.offload_optimizer is not OffloadDevice.NONE:
+        return 0.0
+    return (states + 4 * trained) / work.world_size
+
+
+def step_bytes(work: Workload) -> float:
+    """What the optimizer step holds on top: ZeRO's fp32 copy of its gradients before it updates."""
+    if work.strategy.zero_stage and work.offload_optimizer is OffloadDevice.NONE:
+        return 4 * min(trainable_parameters(work) / work.world_size, SUB_GROUP_SIZE)
+    return 0.0
+
+
+def communication_bytes(work: Workload) -> float:
+    """Buffers of the engine: DDP's buckets hold a second copy of all gradients (`gradient_as_bucket_view` is off in the
+    Trainer), ZeRO double-buffers a bucket of hidden_size**2 elements and sums it in fp32, stage 3 and FSDP gather
+    weights.
+    """
+    facts, trained = work.facts, trainable_parameters(work)
+    if work.strategy is Strategy.DDP:
+        return trained * BYTES[work.gradient_dtype]
+    if work.strategy is Strategy.FSDP2:
+        return 2 * facts.largest_layer_parameters * BYTES[work.autocast_dtype or work.weights_dtype]
+    if work.strategy.zero_stage is None:
+        return 0.0
+    bucket = min(facts.hidden_size**2, trained) * (2 * BYTES[work.gradient_dtype] + 4)
+    if work.strategy is Strategy.ZERO3:
+        # stage3_max_live_parameters and stage3_max_reuse_distance let this many stay gathered.
+        live = min(facts.parameters, MAX_LIVE_PARAMETERS + facts.largest_layer_parameters)
+        stands_whole = work.world_size == 1 and work.offload_parameters is OffloadDevice.NONE
+        bucket += 0 if stands_whole else live * BYTES[work.weights_dtype]
+    return bucket
+
+
+def autocast_cache_bytes(work: Workload) -> float:
+    """16-bit copies of the fp32 weights that autocast keeps for the forward pass (ATen/autocast_mode.cpp,
+    cached_cast).
+    """
+    if work.autocast_dtype is None or work.weights_dtype != "fp32":
+        return 0.0
+    if work.strategy is Strategy.FSDP2:
+        return 0.0  # its mixed-precision policy gathers the 16-bit weights themselves
+    head = 0 if work.task is Task.SEQUENCE_CLASSIFICATION else work.facts.vocab_size * work.facts.hidden_size
+    return BYTES[work.autocast_dtype] * (work.facts.linear_parameters + head)
+
+
+def activation_bytes(work: Workload) -> tuple[float, float]:
+    """Bytes kept from forward to backward, and bytes that checkpointing computes anew, one block at a time."""
+    tokens = work.micro_batch_size * work.sequence_length
+    block = tokens * block_bytes_per_token(work)
+    residual = tokens * work.facts.hidden_size * (4 if _residual_is_fp32(work) else 2)
+    if work.gradient_checkpointing:
+        return work.facts.layers * residual + residual, block
+    return work.facts.layers * block + residual, 0.0
+
+
+def block_bytes_per_token(work: Workload) -> float:
+    """Bytes a token that one block saves for its backward pass.
+
+    Counted on transformers' modules: a norm saves its input, its normed value and its output; under autocast every
+    linear layer saves a 16-bit copy of its input of its own, for only weights are cached; attention saves q, k, v, its
+    output and, unless it is fused, the scores of every head; a gated feed-forward saves four tensors of its inner
+    width.
+    """
+    facts = work.facts
+    compute = 2 if _computes_in_half(work) else 4
+    hidden, inner = facts.hidden_size, facts.intermediate_size
+    query, key_value = facts.attention_heads * facts.head_dim, facts.key_value_heads * facts.head_dim
+    inputs = (3 if facts.gated_mlp or not facts.layer_norm else 1) + (2 if facts.gated_mlp else 1)
+    if work.autocast_dtype is not None and _residual_is_fp32(work):
+        saved_by_norms = 2 * (4 if facts.layer_norm else 8) * hidden + inputs * 2 * hidden
+    elif _computes_in_half(work):
+        saved_by_norms = 2 * (4 if facts.layer_norm else 8) * hidden
+    else:
+        saved_by_norms = 2 * (8 if facts.layer_norm else 12) * hidden
+    if work.method is not Method.FULL:
+        saved_by_norms += compute * (inputs * hidden + query + inner)  # each adapter saves its input once more
+    attention = compute * (2 * query + 2 * key_value)
+    if work.attention is Attention.EAGER:
+        attention += facts.attention_heads * work.sequence_length * (4 + compute)  # softmax in fp32, and its cast
+    if facts.gated_mlp:
+        feed_forward: float = compute * 4 * inner
+    elif facts.activation in ("gelu_new", "gelu_pytorch_tanh_python"):
+        # NewGELUActivation is made of single operations, of which pow runs in fp32 under CUDA's autocast.
+        feed_forward = (18 if work.autocast_dtype is not None else 5 * compute) * inner
+    else:
+        feed_forward = compute * 2 * inner
+    return saved_by_norms + attention + feed_forward
+
+
+def logits_bytes(work: Workload) -> float:
+    """Logits and their gradient: the loss is taken in fp32 (transformers/loss/loss_utils.py, ForCausalLMLoss), so that
+    a token holds its logits, their log-softmax and two gradients in fp32, and 16-bit logits where the model computes
+    so.
+    """
+    if work.task is Task.SEQUENCE_CLASSIFICATION:
+        return 0.0
+    tokens = work.micro_batch_size * work.sequence_length
+    return tokens * work.facts.vocab_size * (14 if _computes_in_half(work) else 12)
+
+
+def host_bytes(work: Workload) -> float:
+    """Host memory a node for what is offloaded to the CPU, or for the swap buffers of what is offloaded to NVMe."""
+    trained, ranks = trainable_parameters(work), work.processes_per_node
+    shard = trained / work.world_size
+    states = 4 + 4 + optimizer_bytes_per_parameter(work.optimizer, work.optimizer_state_dtype)  # master and gradients
+    host = 0.0
+    if work.offload_optimizer is OffloadDevice.CPU:
+        host += ranks * shard * states
+    elif work.offload_optimizer is OffloadDevice.NVME:
+        host += ranks * min(shard, SUB_GROUP_SIZE) * 4 * SWAP_BUFFERS
+    if work.offload_parameters is OffloadDevice.CPU:
+        host += ranks * work.facts.parameters / work.world_size * BYTES[work.weights_dtype]
+    elif work.offload_parameters is OffloadDevice.NVME:
+        host += ranks * 5 * 1e8 * BYTES[work.weights_dtype]  # buffer_count x buffer_size of offload_param
+    return host
+
+
+def with_micro_batch(work: Workload, micro_batch_size: int, accumulates: bool) -> Workload:
+    """Ask about the same work with other batches."""
+    return replace(work, micro_batch_size=micro_batch_size, accumulates=accumulates)
+
+
+def _shards(work: Workload, stage: int) -> int:
+    """Over how many ranks a tensor is divided that ZeRO divides from `stage` on; FSDP divides everything."""
+    reached = work.strategy is Strategy.FSDP2 or (work.strategy.zero_stage or 0) >= stage
+    return work.world_size if reached else 1
+
+
+def _computes_in_half(work: Workload) -> bool:
+    return work.autocast_dtype is not None or work.weights_dtype in ("bf16", "fp16")
+
+
+def _residual_is_fp32(work: Workload) -> bool:
+    """16-bit embeddings begin a 16-bit residual stream; peft casts those of a quantised model to fp32."""
+    return work.weights_dtype not in ("bf16", "fp16")
