@@ -1,0 +1,269 @@
+"""Documents -> samples: hold some out, tokenise, and pack into blocks or truncate. Called by the tasks.
+
+What the reader should hear of (a remainder dropped, documents truncated) comes back as notices.
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from mpt.errors import MptError
+from mpt.recipe.schema import DataSection
+from mpt.training.corpus import TEXT, read_corpus, stream_corpus
+
+IGNORED = -100  # the label that transformers' losses leave out
+STREAMED_EVAL_DOCUMENTS = 200
+SHUFFLE_BUFFER = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """The text of a run: what is trained on, and what is held out (None: nothing)."""
+
+    train: Any
+    held_out: Any
+    notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Tokenised samples, ready for the Trainer."""
+
+    train: Any
+    held_out: Any
+    notices: tuple[str, ...] = ()
+
+
+class PackedBlocks(torch.utils.data.Dataset):
+    """Blocks of `length` tokens cut from the joined documents; the tokens stay in the (memory-mapped) table's buffers."""
+
+    def __init__(self, table: datasets.Dataset, length: int) -> None:
+        chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in table.data.column("input_ids").chunks]
+        self.chunks = [chunk for chunk in chunks if len(chunk)]
+        self.ends = np.cumsum([len(chunk) for chunk in self.chunks], dtype=np.int64).tolist()
+        self.tokens = self.ends[-1] if self.ends else 0
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.tokens // self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return {"input_ids": torch.from_numpy(self._slice(index * self.length, (index + 1) * self.length))}
+
+    def _slice(self, start: int, stop: int) -> np.ndarray:
+        parts = []
+        chunk = bisect_right(self.ends, start)
+        while start < stop:
+            begin = self.ends[chunk] - len(self.chunks[chunk])
+            end = min(stop, self.ends[chunk])
+            parts.append(self.chunks[chunk][start - begin : end - begin])
+            start, chunk = end, chunk + 1
+        return np.concatenate(parts).astype(np.int64)
+
+
+class PackedCollator:
+    """Stack blocks of one length; the labels are the tokens themselves (the model shifts them)."""
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        tokens = torch.stack([torch.as_tensor(sample["input_ids"], dtype=torch.int64) for sample in samples])
+        return {"input_ids": tokens, "labels": tokens}
+
+
+class PaddedCollator:
+    """Pad to the longest sample of the batch; pads are masked and their labels ignored."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        tokens = torch.full((len(samples), longest), self.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros((len(samples), longest), dtype=torch.int64)
+        for row, sample in enumerate(samples):
+            length = len(sample["input_ids"])
+            tokens[row, :length] = torch.as_tensor(sample["input_ids"], dtype=torch.int64)
+            mask[row, :length] = 1
+        return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, IGNORED)}
+
+
+def read_documents(section: DataSection, *, seed: int) -> Documents:
+    """Read the recipe's text and hold out what is evaluated on; the split is by document and repeats for a seed."""
+    if section.streaming:
+        return _streamed(section, seed)
+    train = read_corpus(section, section.source, split=section.split)
+    if section.eval_source is not None:
+        return Documents(train, read_corpus(section, section.eval_source, split=section.split))
+    if section.eval_split is not None:
+        return Documents(train, read_corpus(section, section.source, split=section.eval_split))
+    if section.eval_fraction == 0:
+        return Documents(train, None)
+    count = int(len(train) * section.eval_fraction + 0.5)
+    if count == 0:
+        return _cut_tail(train, section.eval_fraction)
+    order = np.random.default_rng(seed).permutation(len(train))
+    return Documents(train.select(np.sort(order[count:])), train.select(np.sort(order[:count])))
+
+
+def prepare_samples(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, packing: bool, source: str
+) -> Samples:
+    """Tokenise, and pack or truncate. Raises MptError where the text is too short for one sample."""
+    if not isinstance(documents.train, datasets.Dataset):
+        return _stream_samples(documents, tokenizer, sequence_length, packing)
+    notices = list(documents.notices)
+    if tokenizer.eos_token_id is None:
+        notices.append("the tokenizer has no end-of-text token: documents follow one another unmarked")
+    train = _tokenise(documents.train, tokenizer, None if packing else sequence_length)
+    held_out = None
+    if documents.held_out is not None:
+        held_out = _tokenise(documents.held_out, tokenizer, None if packing else sequence_length)
+    if not packing:
+        notices += _truncation_notice(train, sequence_length)
+        return Samples(
+            _not_empty(train, source), held_out if held_out is not None and len(held_out) else None, tuple(notices)
+        )
+    blocks = PackedBlocks(train, sequence_length)
+    if len(blocks) == 0:
+        raise MptError(
+            f"{source} has {blocks.tokens} tokens to train on, less than one block of data.sequence_length {sequence_length}",
+            remedy="Set data.sequence_length lower, set data.packing: false, or give more text.",
+        )
+    dropped = blocks.tokens % sequence_length
+    if dropped:
+        notices.append(
+            f"{len(blocks)} blocks of {sequence_length} tokens; the last {dropped} of {blocks.tokens} tokens are left out"
+        )
+    eval_blocks = None if held_out is None else PackedBlocks(held_out, sequence_length)
+    if eval_blocks is not None and len(eval_blocks) == 0:
+        # Less than one block is held out: a shorter one still measures something.
+        eval_blocks = PackedBlocks(held_out, eval_blocks.tokens) if eval_blocks.tokens > 1 else None
+        notices.append(
+            "the held-out text is empty: nothing is evaluated"
+            if eval_blocks is None
+            else f"the held-out text is one block of {eval_blocks.tokens} tokens"
+        )
+    return Samples(blocks, eval_blocks, tuple(notices))
+
+
+def _cut_tail(train: datasets.Dataset, fraction: float) -> Documents:
+    """Hold out the end of the longest document where the documents are too few to hold a whole one out."""
+    texts: list[str] = train[TEXT][:]
+    longest = max(range(len(texts)), key=lambda index: len(texts[index]))
+    text = texts[longest]
+    size = min(int(sum(map(len, texts)) * fraction), len(text) // 2)
+    cut = text.find("\n", len(text) - size) + 1
+    if cut <= 0:
+        cut = len(text) - size
+    kept = [text[:cut] if index == longest else other for index, other in enumerate(texts)]
+    count = f"{len(texts)} document{'s' if len(texts) > 1 else ''}"
+    return Documents(
+        datasets.Dataset.from_dict({TEXT: kept}),
+        datasets.Dataset.from_dict({TEXT: [text[cut:]]}),
+        (f"{count}: the end of the longest ({len(text) - cut} characters) is held out for evaluation",),
+    )
+
+
+def _tokenise(table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> datasets.Dataset:
+    """Encode every document, end-of-text after each; with `limit`, at most so many tokens of it.
+
+    The result is cached by `datasets`, beside the table it came from (in Hugging Face's cache, never by the user's files);
+    the fingerprint is ours, because a tokenizer's pickle changes with use.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        texts = [text for text in batch[TEXT] if text.strip()]
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        rows = [row + end for row in rows]
+        if limit is None:
+            return {"input_ids": rows}
+        rows = [row for row in rows if len(row) > 1]  # one token has no next one to predict
+        return {"input_ids": [row[:limit] for row in rows], "truncated": [len(row) > limit for row in rows]}
+
+    features = {"input_ids": datasets.List(datasets.Value("int32"))}
+    if limit is not None:
+        features["truncated"] = datasets.Value("bool")
+    in_memory = not table.cache_files
+    identity = "" if in_memory else Hasher.hash((table._fingerprint, _identity(tokenizer), limit, "tokenised-1"))
+    return table.map(
+        encode,
+        batched=True,
+        remove_columns=table.column_names,
+        features=datasets.Features(features),
+        keep_in_memory=in_memory,
+        load_from_cache_file=not in_memory,
+        new_fingerprint=identity or None,
+    )
+
+
+def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return (
+        backend.to_str() if backend is not None else f"{tokenizer.name_or_path} {sorted(tokenizer.get_vocab().items())}"
+    )
+
+
+def _truncation_notice(train: datasets.Dataset, limit: int) -> list[str]:
+    count = int(np.count_nonzero(train.with_format("numpy")["truncated"][:])) if len(train) else 0
+    return [f"{count} of {len(train)} documents are longer than {limit} tokens and were truncated"] if count else []
+
+
+def _not_empty(train: datasets.Dataset, source: str) -> datasets.Dataset:
+    if len(train) == 0:
+        raise MptError(f"the data set is empty: no document of {source} has two tokens", remedy="Check data.source.")
+    return train.select_columns(["input_ids"])
+
+
+def _streamed(section: DataSection, seed: int) -> Documents:
+    train = stream_corpus(section, section.source, split=section.split)
+    if section.eval_source is not None:
+        held_out = stream_corpus(section, section.eval_source, split=section.split)
+    elif section.eval_split is not None:
+        held_out = stream_corpus(section, section.source, split=section.eval_split)
+    elif section.eval_fraction == 0:
+        held_out = None
+    else:
+        held_out = train.take(STREAMED_EVAL_DOCUMENTS)
+        train = train.skip(STREAMED_EVAL_DOCUMENTS)
+        notice = f"streaming: the first {STREAMED_EVAL_DOCUMENTS} documents are held out for evaluation"
+        return Documents(train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), held_out, (notice,))
+    return Documents(train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), held_out)
+
+
+def _stream_samples(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, sequence_length: int, packing: bool
+) -> Samples:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        for text in batch[TEXT]:
+            if not isinstance(text, str):
+                raise MptError(
+                    f"a row of the stream has {type(text).__name__}, not text", remedy="Give every row a text."
+                )
+        texts = [text for text in batch[TEXT] if text.strip()]
+        rows = [row + end for row in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+        if not packing:
+            return {"input_ids": [row[:sequence_length] for row in rows if len(row) > 1]}
+        joined = [token for row in rows for token in row]
+        whole = len(joined) // sequence_length * sequence_length
+        return {"input_ids": [joined[start : start + sequence_length] for start in range(0, whole, sequence_length)]}
+
+    def samples(stream: Any) -> Any:
+        return None if stream is None else stream.map(encode, batched=True, batch_size=1000, remove_columns=[TEXT])
+
+    notices = [*documents.notices]
+    if packing:
+        notices.append(
+            f"streaming packs 1,000 documents at a time and leaves out the last tokens of each thousand, fewer than {sequence_length}"
+        )
+    return Samples(samples(documents.train), samples(documents.held_out), tuple(notices))

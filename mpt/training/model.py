@@ -1,0 +1,113 @@
+"""The model of a run, as the plan says: from a configuration or a checkpoint, in the planned dtype and attention."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from mpt.errors import MptError, UnsupportedError
+from mpt.planning.plan import Plan
+from mpt.recipe.schema import ModelSection
+
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+# Older names that transformers' configuration classes still take and translate.
+LEGACY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype", "output_attentions"}
+
+
+def build_causal_lm(plan: Plan, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """Build the model with its trainable weights in the planned dtype, the same on every rank.
+
+    Raises MptError for a configuration or checkpoint that is wrong, UnsupportedError for a missing attention kernel.
+    """
+    section = plan.recipe.model
+    set_seed(seed)
+    try:
+        model = _from_config(plan, section, tokenizer) if section.config else _from_checkpoint(plan, section)
+    except ImportError as error:  # transformers' word for an attention kernel or a quantiser that is not installed
+        raise UnsupportedError(
+            " ".join(str(error).split())[:400], remedy="Install what is missing, or ask for `attention: sdpa`."
+        ) from error
+    size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > size:
+        raise MptError(
+            f"the tokenizer has {len(tokenizer)} entries and the model's vocabulary {size}",
+            remedy="Set model.config.vocab_size (or tokenizer.vocab_size) so that the tokenizer fits, or name the model's own.",
+        )
+    return model
+
+
+def _from_config(plan: Plan, section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    config = to_config(section.config or {}, vocab_size=plan.facts.vocab_size)
+    given = section.config or {}
+    for key in ("bos_token_id", "eos_token_id"):
+        if key not in given:
+            setattr(config, key, getattr(tokenizer, key))
+    # Weights from scratch always begin in fp32 draws, so that every precision starts from the same numbers.
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation=plan.value("attention"), trust_remote_code=False
+    )
+    return model.to(DTYPES[plan.value("weights_dtype")]) if plan.deepspeed is None else model
+
+
+def to_config(given: dict[str, Any], *, vocab_size: int) -> Any:
+    """Turn the recipe's `model.config` into a transformers configuration.
+
+    Raises MptError for an unknown model type, a key that the type does not know, or a value that it refuses.
+    """
+    keys = dict(given)
+    model_type = keys.pop("model_type")
+    keys.setdefault("vocab_size", vocab_size)
+    try:
+        known = _known_keys(type(AutoConfig.for_model(model_type)))
+    except ValueError as error:
+        raise MptError(
+            f"model.config: transformers knows no model_type {model_type}",
+            remedy="Use one such as llama, qwen2 or gpt2.",
+        ) from error
+    unknown = sorted(set(keys) - known)
+    if unknown:
+        near = {key: get_close_matches(key, known, 1, 0.7) for key in unknown}
+        listed = ", ".join(f"{key} (did you mean {near[key][0]}?)" if near[key] else key for key in unknown)
+        raise MptError(
+            f"model.config: {model_type} has no key {listed}", remedy=f"Its keys are {', '.join(sorted(known))}."
+        )
+    try:
+        return AutoConfig.for_model(model_type, **keys)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise MptError(
+            f"model.config: {' '.join(str(error).split())[:400]}",
+            remedy=f"Mend that value of the {model_type} configuration.",
+        ) from error
+
+
+def _known_keys(config_class: type) -> set[str]:
+    fields = {key for key in getattr(config_class, "__dataclass_fields__", {}) if not key.startswith("_")}
+    return fields | set(getattr(config_class, "attribute_map", {})) | LEGACY_KEYS
+
+
+def _from_checkpoint(plan: Plan, section: ModelSection) -> PreTrainedModel:
+    name = section.name_or_path or ""
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=section.revision or "main",
+            # transformers 5 loads the checkpoint's own dtype: bf16 master weights, unless told otherwise.
+            dtype=DTYPES[plan.value("weights_dtype")],
+            attn_implementation=plan.value("attention"),
+            trust_remote_code=section.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        where = "" if Path(name).exists() else " (no such directory here, so a hub id)"
+        raise MptError(
+            f"model {name}{where} can't be loaded: {' '.join(str(error).split())[:400]}",
+            remedy="Check model.name_or_path and model.revision; hub ids need the network, and HF_TOKEN where private.",
+        ) from error

@@ -1,0 +1,50 @@
+"""How a worker's training ends other than by finishing. Raised in the training loop, caught by `mpt.training.worker`."""
+
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+
+class Diverged(Exception):
+    """The numbers went bad; raised before the optimizer step that would have spread them into the weights.
+
+    `what` is "loss", "grad_norm", "loss_scale" or "weights".
+    """
+
+    def __init__(self, step: int, what: str, value: float) -> None:
+        super().__init__(f"step {step}: {what} is {value}")
+        self.step = step
+        self.what = what
+        self.value = value
+
+
+class Stopped(Exception):
+    """A stop was asked for, every rank agreed, and `checkpoint` is committed."""
+
+    def __init__(self, step: int, checkpoint: str) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.step = step
+        self.checkpoint = checkpoint
+
+
+@dataclass(slots=True)
+class StopRequest:
+    """Whether somebody asked this process to stop: by SIGTERM, or by the attempt's stop file."""
+
+    stop_file: Path
+    signalled: bool = field(default=False)
+
+    def listen(self) -> None:
+        """Take SIGTERM as a wish to stop at the next step boundary, and leave Ctrl-C to the supervisor."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def by(self) -> str | None:
+        """Say who asked; None: nobody yet."""
+        if self.signalled:
+            return "SIGTERM"
+        return "stop file" if self.stop_file.exists() else None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.signalled = True

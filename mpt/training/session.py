@@ -1,0 +1,206 @@
+"""One attempt's training from plan to final model. Called by `mpt.training.worker`, after everything light is done."""
+
+import json
+import math
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import torch.distributed as dist
+from transformers import TrainingArguments
+from transformers.utils.import_utils import enable_tf32
+
+from mpt.errors import MptError
+from mpt.planning.plan import Plan
+from mpt.running.journal import Journal
+from mpt.running.run_directory import AttemptDirectory, RunDirectory
+from mpt.terms import DeviceKind, Feature, Precision
+from mpt.training.audit import Audit
+from mpt.training.data import read_documents
+from mpt.training.outcome import StopRequest
+from mpt.training.saving import full_weights, save_final
+from mpt.training.step_watch import StepWatch
+from mpt.training.tasks import task_module
+from mpt.training.tokenizer import is_trained, load_tokenizer, trained_tokenizer
+from mpt.training.trainer import PlanTrainer
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a finished run came to. `eval_loss` None: nothing was held out."""
+
+    step: int
+    train_loss: float | None
+    eval_loss: float | None
+
+
+def train(
+    plan: Plan,
+    run: RunDirectory,
+    attempt: AttemptDirectory,
+    number: int,
+    journal: Journal,
+    stop: StopRequest,
+    rank: int,
+) -> Finished:
+    """Carry out the plan. Raises MptError, Diverged or Stopped; each rank calls this."""
+    is_writer = rank == 0
+
+    def phase(name: str) -> None:
+        if is_writer:
+            journal.append("phase", phase=name)
+
+    datasets.disable_progress_bars()
+    arguments = build_arguments(plan, run)
+    task = task_module(plan.value("task"))
+    # accelerate writes this process's place in the group into the arguments; a barrier is a no-op on one process.
+    barrier = dist.barrier if arguments.world_size > 1 else _no_barrier
+
+    phase("data")
+    with arguments.main_process_first(desc="preparing the data"):
+        documents = read_documents(plan.recipe.data, seed=arguments.data_seed or arguments.seed)
+        if not is_trained(plan.recipe):
+            tokenizer = load_tokenizer(plan.recipe)
+    if is_trained(plan.recipe):
+        section = plan.recipe.tokenizer
+        asked = section.vocab_size if section is not None else plan.facts.vocab_size
+        tokenizer = trained_tokenizer(
+            run.path / "tokenizer",
+            lambda: (row["text"] for row in documents.train),
+            asked,
+            is_writer=is_writer,
+            barrier=barrier,
+        )
+        if len(tokenizer) < asked and is_writer:
+            journal.append(
+                "notice",
+                text=f"the text yields {len(tokenizer)} tokenizer entries of {asked}; the model keeps {plan.facts.vocab_size}",
+            )
+    with arguments.main_process_first(desc="tokenising"):
+        samples = task.prepare_data(plan, documents, tokenizer)
+    if is_writer:
+        for notice in samples.notices:
+            journal.append("notice", text=notice)
+
+    phase("model")
+    model = task.build_model(plan, tokenizer, seed=arguments.seed)
+
+    phase("setup")
+    watch = StepWatch(journal, run.metrics, attempt=number, rank=rank, stop=stop, device=arguments.device)
+    trainer = PlanTrainer(
+        plan=plan,
+        run=run,
+        journal=journal,
+        watch=watch,
+        audit=Audit(plan, journal, attempt.audit, is_writer=is_writer),
+        model=model,
+        args=arguments,
+        train_dataset=samples.train,
+        eval_dataset=samples.held_out,
+        data_collator=task.build_collator(plan, tokenizer),
+        processing_class=tokenizer,
+    )
+    resume_from = None if plan.resume_from is None else str(run.checkpoints / plan.resume_from)
+    trainer.train(resume_from_checkpoint=resume_from)
+    return _finish(plan, run, trainer, tokenizer, phase, barrier)
+
+
+def build_arguments(plan: Plan, run: RunDirectory) -> TrainingArguments:
+    """Build TrainingArguments from the plan's keywords. Raises MptError for a value that transformers refuses."""
+    keywords = dict(plan.training_arguments)
+    keywords["output_dir"] = str(run.checkpoints)
+    if plan.deepspeed is not None:
+        keywords["deepspeed"] = json.loads(json.dumps(dict(plan.deepspeed)))
+        _stand_alone_rendezvous()
+    if "tensorboard" in str(keywords.get("report_to", "")):
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
+    try:
+        arguments = TrainingArguments(**keywords)
+    except (ValueError, TypeError, ImportError) as error:
+        raise MptError(
+            f"training: transformers refuses these keys: {' '.join(str(error).split())[:500]}",
+            remedy="Mend the keys of the recipe's `training:` block that the message names.",
+        ) from error
+    if plan.machine.kind is DeviceKind.CUDA and plan.machine.all_compute(Feature.TF32):
+        # What stays fp32 beside 16-bit matrix multiplications may use TF32; an fp32 run means fp32.
+        enable_tf32(plan.value("precision") != Precision.FP32)
+    return arguments
+
+
+def _finish(plan: Plan, run: RunDirectory, trainer: PlanTrainer, tokenizer: Any, phase: Any, barrier: Any) -> Finished:
+    step = trainer.state.global_step
+    eval_loss = None
+    if trainer.eval_dataset is not None:
+        eval_loss = trainer.evaluate().get("eval_loss")
+    phase("saving")
+    state_dict = None
+    if trainer.is_deepspeed_enabled and trainer.watch.is_writer:
+        chosen = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        state_dict = full_weights(Path(chosen) if chosen else run.checkpoints / f"checkpoint-{step}")
+    if trainer.watch.is_writer:
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        save_final(run.final, trained, tokenizer, state_dict)
+    barrier()
+    if plan.recipe.sample is not None:
+        phase("sampling")
+        _sample(plan, trainer, tokenizer)
+    barrier()
+    return Finished(step, _train_loss(run) if trainer.watch.is_writer else None, eval_loss)
+
+
+def _sample(plan: Plan, trainer: PlanTrainer, tokenizer: Any) -> None:
+    """Generate greedily from the recipe's prompt. Every rank takes part where the weights are divided (ZeRO-3)."""
+    section = plan.recipe.sample
+    assert section is not None
+    is_divided = trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() == 3
+    if not (trainer.watch.is_writer or is_divided):
+        return
+    model = trainer.model
+    model.eval()
+    prompt = tokenizer(section.prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id or 0]
+    tokens = torch.tensor([prompt], device=trainer.args.device)
+    with torch.no_grad():
+        written = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=section.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            synced_gpus=is_divided,
+        )
+    if trainer.watch.is_writer:
+        text = tokenizer.decode(written[0][len(prompt) :], skip_special_tokens=True)
+        trainer.journal.append("sample", prompt=section.prompt, text=text)
+
+
+def _train_loss(run: RunDirectory) -> float | None:
+    """Average the loss over every step of the run, whichever attempt made it: the last row of a step counts."""
+    losses: dict[int, float] = {}
+    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # torn by a kill
+            continue
+        if "loss" in row:
+            losses[row["step"]] = float(row["loss"])
+    return math.fsum(losses.values()) / len(losses) if losses else None
+
+
+def _stand_alone_rendezvous() -> None:
+    """Give a single process the rendezvous that DeepSpeed wants; without it DeepSpeed asks for mpi4py."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(place)
+
+
+def _no_barrier() -> None:
+    return None

@@ -1,0 +1,178 @@
+"""What a step amounts to over all ranks: loss, tokens, gradient norm, whether to stop. One collective and one host
+synchronisation a step, made after the last backward pass and before the optimizer step.
+
+Bad numbers stop here, before they reach the weights: a NaN gradient makes every parameter NaN in one AdamW step.
+"""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mpt.running.journal import Journal
+from mpt.training.outcome import Diverged, StopRequest
+
+# Skipped steps in a row after which a fixed loss scale is judged too high for good. A dynamic one has by then been halved
+# from 2^16 to below 1 and is judged by that.
+MAX_SKIPS_AT_STATIC_SCALE = 20
+
+
+@dataclass(slots=True)
+class Step:
+    """One optimizer step as it went; `loss` is the mean over the global batch, `tokens` counts no padding."""
+
+    number: int
+    loss: float
+    tokens: int
+    learning_rate: float
+    grad_norm: float | None = None
+    loss_scale: float | None = None
+    skipped: bool = False
+
+
+class StepWatch:
+    """Collects the micro batches of a step, agrees on them with the other ranks, and writes the metrics row (rank 0)."""
+
+    def __init__(
+        self, journal: Journal, metrics: Path, *, attempt: int, rank: int, stop: StopRequest, device: torch.device
+    ) -> None:
+        self.journal = journal
+        self.attempt = attempt
+        self.is_writer = rank == 0
+        self.stop = stop
+        self.device = device
+        self.stop_agreed = False
+        self.step: Step | None = None
+        self._metrics = os.open(metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if self.is_writer else -1
+        self._losses: list[torch.Tensor] = []
+        self._tokens: list[torch.Tensor | int] = []
+        self._number = 0
+        self._learning_rate = 0.0
+        self._skips = 0
+        self._began = time.perf_counter()
+
+    def begin(self, number: int, learning_rate: float) -> None:
+        """Start step `number` (from 1), before its data is fetched; `learning_rate` is the one it will use."""
+        self._losses, self._tokens = [], []
+        self._number, self._learning_rate = number, learning_rate
+        self._began = time.perf_counter()
+
+    def add_batch(self, inputs: dict[str, Any]) -> None:
+        """Count a micro batch's tokens, padding excluded."""
+        mask = inputs.get("attention_mask")
+        self._tokens.append(mask.sum() if mask is not None else inputs["input_ids"].numel())
+
+    def add_loss(self, loss: torch.Tensor) -> None:
+        """Note a micro batch's share of the step's loss."""
+        self._losses.append(loss.detach())
+
+    def agree(self, grad_norm: torch.Tensor | None = None, loss_scale: torch.Tensor | None = None) -> Step:
+        """Sum over ranks, and judge. `grad_norm` is the same on every rank already.
+
+        Raises Diverged for a non-finite loss, and for a non-finite gradient norm without a loss scale to blame it on.
+        """
+        asked_by = self.stop.by()
+        kind = torch.float32 if self.device.type == "mps" else torch.float64
+        loss = torch.stack(self._losses).to(kind).sum()
+        tokens = sum(self._tokens[1:], self._tokens[0])
+        counted = torch.as_tensor(tokens, dtype=kind, device=self.device)
+        wish = torch.as_tensor(float(asked_by is not None), dtype=kind, device=self.device)
+        shared = torch.stack([loss, counted, wish])
+        world = 1
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            world = dist.get_world_size()
+            dist.all_reduce(shared)
+        nothing = torch.full((), math.nan, dtype=kind, device=self.device)
+        local = [nothing if value is None else value.detach().to(kind) for value in (grad_norm, loss_scale)]
+        total_loss, all_tokens, wishes, norm, scale = torch.cat([shared, torch.stack(local)]).tolist()
+        step = Step(self._number, total_loss / world, round(all_tokens), self._learning_rate)
+        step.loss_scale = None if loss_scale is None else scale
+        self.step = step
+        if wishes and not self.stop_agreed:
+            self.stop_agreed = True
+            if self.is_writer:
+                self.journal.append("stop_requested", step=step.number, by=asked_by or "another rank")
+        if not math.isfinite(step.loss):
+            self.fail("loss", step.loss)
+        if grad_norm is not None:
+            self.judge_norm(norm, can_skip=loss_scale is not None)
+        return step
+
+    def judge_norm(self, norm: float, *, can_skip: bool, applied: bool | None = None) -> None:
+        """Note the gradient norm. A non-finite one is a skipped step under a loss scale, else Diverged is raised."""
+        assert self.step is not None
+        self.step.grad_norm = norm
+        if math.isfinite(norm) and applied is not False:
+            self._skips = 0
+            return
+        if not can_skip:
+            self.fail("grad_norm", norm)
+        self.step.skipped = True
+        self._skips += 1
+        if self.is_writer:
+            self.journal.append(
+                "step_skipped",
+                step=self.step.number,
+                reason="overflow: a gradient is not finite at this loss scale",
+                loss_scale=self.step.loss_scale,
+            )
+
+    def judge_scale(self, *, is_static: bool) -> None:
+        """Raise Diverged where overflow goes on though the loss scale can give no more room."""
+        assert self.step is not None
+        scale = self.step.loss_scale
+        if not self.step.skipped or scale is None:
+            return
+        if (is_static and self._skips >= MAX_SKIPS_AT_STATIC_SCALE) or (not is_static and scale < 1):
+            self.fail("loss_scale", scale)
+
+    def fail(self, what: str, value: float) -> None:
+        """Journal what is not finite and end the run."""
+        if self.is_writer:
+            self.journal.append("non_finite", step=self._number, what=what, value=value)
+        raise Diverged(self._number, what, value)
+
+    def write_step(self) -> None:
+        """Write the metrics row of the step that has just ended."""
+        assert self.step is not None
+        seconds = time.perf_counter() - self._began
+        step = self.step
+        self.write_row(
+            step=step.number,
+            attempt=self.attempt,
+            loss=step.loss,
+            grad_norm=step.grad_norm,
+            learning_rate=step.learning_rate,
+            loss_scale=step.loss_scale,
+            skipped=step.skipped,
+            tokens=step.tokens,
+            tokens_per_second=step.tokens / seconds,
+            step_time_s=seconds,
+            memory_gib=memory_high_water_gib(self.device),
+        )
+
+    def write_row(self, **row: Any) -> None:
+        """Append one line in one write; rank 0 only."""
+        if self.is_writer:
+            plain = {key: _spelt(value) for key, value in row.items()}
+            os.write(self._metrics, (json.dumps(plain, allow_nan=False) + "\n").encode())
+
+
+def memory_high_water_gib(device: torch.device) -> float:
+    """Measure the most memory so far: torch's allocator on a GPU, the process's resident set elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def _spelt(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

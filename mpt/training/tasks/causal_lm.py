@@ -1,0 +1,41 @@
+"""Next-token prediction: a causal language model on text."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mpt.planning.plan import Plan
+from mpt.training.data import (
+    Documents,
+    PackedCollator,
+    PaddedCollator,
+    Samples,
+    prepare_samples,
+)
+from mpt.training.model import build_causal_lm
+
+
+def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """Build the model, its weights drawn from `seed` where it is from scratch."""
+    return build_causal_lm(plan, tokenizer, seed=seed)
+
+
+def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Samples:
+    """Tokenise the documents and cut them into samples."""
+    source = plan.recipe.data.source
+    return prepare_samples(
+        documents,
+        tokenizer,
+        sequence_length=plan.value("sequence_length"),
+        packing=plan.value("packing"),
+        source=source if isinstance(source, str) else ", ".join(source),
+    )
+
+
+def build_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], dict[str, Any]]:
+    """Build what turns samples into a batch."""
+    if plan.value("packing"):
+        return PackedCollator()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return PaddedCollator(pad or 0)  # a masked position: any token will do

@@ -1,0 +1,81 @@
+"""The tokenizer of a run: an existing one, or a byte-level BPE trained on the run's own text.
+
+A trained one lives in the run directory, so that every rank and every later attempt reads the very same.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from mpt.errors import MptError
+from mpt.recipe.schema import Recipe
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def is_trained(recipe: Recipe) -> bool:
+    """Whether the recipe's tokenizer is trained on its text: asked for, or a model from scratch without a tokenizer."""
+    if recipe.tokenizer is not None and recipe.tokenizer.name_or_path is not None:
+        return False
+    if recipe.tokenizer is not None and recipe.tokenizer.train is not None:
+        return True
+    return recipe.model.config is not None
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """Load the recipe's existing tokenizer. Raises MptError where there is none."""
+    section, model = recipe.tokenizer, recipe.model
+    if section is not None and section.name_or_path is not None:
+        name, revision = section.name_or_path, section.revision
+    else:
+        name = model.name_or_path or ""
+        revision = section.revision if section is not None and section.revision else model.revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision or "main", trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise MptError(
+            f"no tokenizer can be loaded from {name}: {' '.join(str(error).split())[:400]}",
+            remedy="Name one with `tokenizer:` (a local directory or a hub id); hub ids need the network.",
+        ) from error
+    return tokenizer
+
+
+def trained_tokenizer(
+    folder: Path, texts: Callable[[], Iterable[str]], vocab_size: int, *, is_writer: bool, barrier: Callable[[], Any]
+) -> PreTrainedTokenizerBase:
+    """Load the run's own tokenizer from `folder`; where it is not there yet the writing rank trains it first.
+
+    `texts` gives the training documents. The folder appears whole or not at all.
+    """
+    if is_writer and not folder.exists():
+        staging = folder.with_name(f".staging-{folder.name}-{os.getpid()}")
+        train_tokenizer(texts(), vocab_size).save_pretrained(str(staging))
+        staging.rename(folder)
+    barrier()
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE (Radford et al. 2019, section 2.2) of at most `vocab_size` entries.
+
+    The 256 bytes and the end of text are among them, so every text can be encoded. The same texts give the same tokenizer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
