@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from mpt.recipe.scalars import Flag, Integer, Number, Text
 from mpt.recipe.training_keys import TrainingSection
 from mpt.terms import Attention, OffloadDevice, Precision, Strategy, Task
 
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[Integer, Field(gt=0)]
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 
@@ -22,128 +23,145 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
 
-def _short_form(key: str) -> BeforeValidator:
-    """Let a section be written as the value of its main key: `model: gpt2` for `model: {name_or_path: gpt2}`."""
+# Sections that can be written as the value of their main key: `model: gpt2` for `model: {name_or_path: gpt2}`.
+SHORT_FORMS = {
+    "model": "name_or_path",
+    "tokenizer": "name_or_path",
+    "data": "source",
+    "precision": "mode",
+    "sample": "prompt",
+}
+
+
+def _short_form(section: str) -> BeforeValidator:
+    key = SHORT_FORMS[section]
     return BeforeValidator(lambda value: {key: value} if isinstance(value, (str, list)) else value)
 
 
 class ModelSection(Section):
     """The model: a checkpoint to start from, or a configuration to start from scratch."""
 
-    name_or_path: str | None = None
+    name_or_path: Text | None = None
     """A local directory or a model hub id. Training continues from its weights."""
     config: dict[str, Any] | None = None
     """Build the model from scratch: any `AutoConfig` model type, as `model_type` with that type's own keys.
     `vocab_size` is the tokenizer's where it is left out."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit of a hub model. Pin a commit for a run that can be repeated."""
-    trust_remote_code: bool = False
+    trust_remote_code: Flag = False
     """Run Python code that comes with the checkpoint. Say true only for code that you have read."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.name_or_path is None) == (self.config is None):
-            raise ValueError("give exactly one of name_or_path (a checkpoint) and config (from scratch)")
+            raise ValueError("needs one source; give name_or_path (a checkpoint) or config (from scratch)")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
-            raise ValueError("config needs a model_type, such as llama, gpt2, qwen2 or bert")
+            raise ValueError("config has no model_type; add one, such as llama, gpt2, qwen2 or bert")
         if self.config is not None and (self.revision is not None or self.trust_remote_code):
-            raise ValueError("revision and trust_remote_code belong to name_or_path, not to config")
+            raise ValueError("revision and trust_remote_code belong to name_or_path, not to config; leave them out")
         return self
 
 
 class TokenizerSection(Section):
     """The tokenizer: the model's own where this block is left out."""
 
-    name_or_path: str | None = None
+    name_or_path: Text | None = None
     """A local directory or hub id; the model's where left out."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit of a hub tokenizer; the model's where the tokenizer is the model's."""
     train: Literal["byte_level_bpe"] | None = None
     """Train a tokenizer on the training text. A model built from `config` without a tokenizer gets one this way."""
-    vocab_size: Annotated[int, Field(ge=257)] = 4096
+    vocab_size: Annotated[Integer, Field(ge=257)] = 4096
     """Size of the trained vocabulary, the 256 bytes and the end-of-text token included."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if self.name_or_path is not None and self.train is not None:
-            raise ValueError("name_or_path and train contradict each other: take an existing tokenizer or train one")
+            raise ValueError("name_or_path and train contradict each other; take an existing tokenizer or train one")
         if "vocab_size" in self.model_fields_set and self.train is None:
-            raise ValueError("vocab_size is for a trained tokenizer: add `train: byte_level_bpe` or leave it out")
+            raise ValueError("vocab_size is for a trained tokenizer; add `train: byte_level_bpe` or leave it out")
         return self
 
 
 class DataSection(Section):
     """The text to learn from."""
 
-    source: str | list[str]
+    source: Text | list[Text]
     """`builtin:python-reference` (the Python language reference, on every machine), a local file or glob, or a list of
     them (.txt .md .jsonl .json .csv .parquet), or `hub:OWNER/NAME` for `datasets.load_dataset`."""
-    config: str | None = None
+    config: Text | None = None
     """Configuration name of a hub data set, such as `wikitext-2-raw-v1`."""
-    revision: str | None = None
+    revision: Text | None = None
     """Branch, tag or commit of a hub data set."""
-    split: str = "train"
+    split: Text = "train"
     """Split of a hub data set to train on."""
-    text_column: str = "text"
+    text_column: Text = "text"
     """Column that holds the text in .jsonl, .json, .csv, .parquet and hub data."""
-    eval_source: str | list[str] | None = None
+    text_pair_column: Text | None = None
+    """Column of the second text where a sample is a pair; sequence_classification only."""
+    label_column: Text = "label"
+    """Column of the class; sequence_classification only."""
+    messages_column: Text = "messages"
+    """Column of the conversation, a list of {role, content}; sft only."""
+    eval_source: Text | list[Text] | None = None
     """Data to evaluate on, in the words of `source`. Left out: a held-out part of `source`."""
-    eval_split: str | None = None
+    eval_split: Text | None = None
     """Split of a hub data set to evaluate on, such as `validation`."""
-    eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    eval_fraction: Annotated[Number, Field(ge=0, lt=1)] = 0.05
     """Share of the documents held out for evaluation where neither `eval_source` nor `eval_split` is given; 0 for
     none."""
     sequence_length: PositiveInt = 1024
     """Tokens a sample."""
-    packing: bool = True
+    packing: Flag = True
     """Join documents, end-of-text between them, and cut blocks of `sequence_length`: no padding. False: one document a
     sample, truncated at `sequence_length`; how many were is reported."""
-    streaming: bool = False
+    streaming: Flag = False
     """Read and tokenise while training, for data larger than the disk cache. Needs `training.max_steps`."""
 
     @model_validator(mode="after")
     def _sources_fit(self) -> Self:
         sources = [self.source] if isinstance(self.source, str) else self.source
         if not sources:
-            raise ValueError("source is an empty list: name at least one file, glob, builtin or hub data set")
+            raise ValueError("source is an empty list; name at least one file, glob, builtin or hub data set")
         is_hub = any(source.startswith("hub:") for source in sources)
         if is_hub and len(sources) > 1:
-            raise ValueError("source: a hub data set can't be mixed with other sources")
+            raise ValueError("a hub data set can't be mixed with other sources; keep the hub data set or the files")
         given = {key for key in ("config", "revision", "split", "eval_split") if key in self.model_fields_set}
         if given and not is_hub:
-            raise ValueError(f"{', '.join(sorted(given))}: only a hub data set has that (source: hub:OWNER/NAME)")
+            keys = ", ".join(sorted(given))
+            raise ValueError(f"{keys}: only a hub data set has that; leave it out or write source: hub:OWNER/NAME")
         if self.eval_source is not None and (self.eval_split is not None or "eval_fraction" in self.model_fields_set):
-            raise ValueError("eval_source, eval_split and eval_fraction are three ways to say one thing: keep one")
+            raise ValueError("eval_source, eval_split and eval_fraction are three ways to say one thing; keep one")
         if self.eval_split is not None and "eval_fraction" in self.model_fields_set:
-            raise ValueError("eval_split and eval_fraction are two ways to say one thing: keep one")
+            raise ValueError("eval_split and eval_fraction are two ways to say one thing; keep one")
         if self.streaming and not is_hub and any(source.startswith("builtin:") for source in sources):
-            raise ValueError("streaming is for files and hub data; the built-in corpus is half a megabyte")
+            raise ValueError("streaming is for large data, and the built-in corpus is half a megabyte; leave it out")
         return self
 
 
 class LossScaleSection(Section):
     """Loss scaling of fp16 (Micikevicius et al. 2018). Reaches torch's GradScaler and DeepSpeed's fp16 block alike."""
 
-    initial: Annotated[float, Field(ge=1)] = 65536.0
+    initial: Annotated[Number, Field(ge=1)] = 65536.0
     """First scale. DeepSpeed takes the exponent, so there it must be a power of two."""
-    growth_factor: Annotated[float, Field(gt=1)] = 2.0
+    growth_factor: Annotated[Number, Field(gt=1)] = 2.0
     """The scale grows by this factor after `growth_interval` clean steps in a row. DeepSpeed knows only 2."""
-    backoff_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    backoff_factor: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """The scale shrinks by this factor on an overflow, and the step is skipped. DeepSpeed knows only 0.5."""
     growth_interval: PositiveInt = 2000
     """Clean steps in a row before the scale grows."""
-    min: Annotated[float, Field(gt=0)] | None = None
+    min: Annotated[Number, Field(gt=0)] | None = None
     """The scale never goes below this. DeepSpeed only; left out there: 1."""
     hysteresis: PositiveInt | None = None
     """Overflows before the scale shrinks; each skips its step. DeepSpeed only; left out there: 2."""
-    static: Annotated[float, Field(gt=0)] | None = None
+    static: Annotated[Number, Field(gt=0)] | None = None
     """A fixed scale instead of a dynamic one."""
 
     @model_validator(mode="after")
     def _static_alone(self) -> Self:
         dynamic = sorted(self.model_fields_set - {"static"})
         if self.static is not None and dynamic:
-            raise ValueError(f"static fixes the scale; remove {', '.join(dynamic)} or static")
+            raise ValueError(f"static fixes the scale, the others move it; remove {', '.join(dynamic)} or static")
         return self
 
 
@@ -154,7 +172,7 @@ class PrecisionSection(Section):
     """Format of the matrix multiplications. Master weights stay fp32 except in `bf16_pure`. fp8 is never automatic."""
     loss_scale: LossScaleSection | None = None
     """Loss scaling; only fp16 has one."""
-    allow_emulation: bool = False
+    allow_emulation: Flag = False
     """Take a precision that a device can't compute natively, and train slower in it."""
     reduce_dtype: Dtype | None = None
     """Format in which gradients are summed over ranks. Left out: fp32."""
@@ -164,7 +182,7 @@ class PrecisionSection(Section):
     @model_validator(mode="after")
     def _loss_scale_is_fp16(self) -> Self:
         if self.loss_scale is not None and self.mode not in ("auto", Precision.FP16):
-            raise ValueError(f"loss_scale is for fp16; {self.mode} has the exponent range of fp32 and needs none")
+            raise ValueError(f"loss_scale is for fp16: {self.mode} has the exponent range of fp32; remove loss_scale")
         return self
 
 
@@ -184,13 +202,13 @@ class OffloadSection(Section):
     """Optimizer states and fp32 master weights."""
     parameters: OffloadDevice = OffloadDevice.NONE
     """Parameters between their uses; zero3 only."""
-    nvme_path: str | None = None
+    nvme_path: Text | None = None
     """Directory on a local NVMe drive."""
 
     @model_validator(mode="after")
     def _nvme_has_a_path(self) -> Self:
         if (OffloadDevice.NVME in (self.optimizer, self.parameters)) != (self.nvme_path is not None):
-            raise ValueError("nvme_path goes with nvme: give both or neither")
+            raise ValueError("nvme_path goes with nvme; give both or neither")
         return self
 
 
@@ -199,11 +217,11 @@ class LoraSection(Section):
 
     rank: PositiveInt = 16
     """Rank of the update."""
-    alpha: Annotated[float, Field(gt=0)] = 32
+    alpha: Annotated[Number, Field(gt=0)] = 32
     """The update is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: Text | list[Text] = "all-linear"
     """Names of the modules that get an adapter."""
 
 
@@ -214,14 +232,14 @@ class QuantizationSection(Section):
     """Bits a weight."""
     type: Literal["nf4", "fp4"] = "nf4"
     """Format of 4-bit weights."""
-    double_quantization: bool = True
+    double_quantization: Flag = True
     """Quantise the quantisation constants too: 0.4 bits a weight less."""
 
 
 class SampleSection(Section):
     """Text generated by the trained model at the end of a run."""
 
-    prompt: str
+    prompt: Text
     """What the text begins with."""
     max_new_tokens: PositiveInt = 64
     """Tokens to generate, greedily."""
@@ -230,7 +248,7 @@ class SampleSection(Section):
 class RestartSection(Section):
     """What the supervisor does about a crash."""
 
-    max_restarts: Annotated[int, Field(ge=0)] = 3
+    max_restarts: Annotated[Integer, Field(ge=0)] = 3
     """Restarts from the last complete checkpoint, in all; after them the run ends with exit code 82."""
 
 
@@ -243,13 +261,13 @@ class Recipe(Section):
     """What this recipe is for; shown by `mpt recipes list`."""
     task: Task = Task.CAUSAL_LM
     """What is learnt from the data."""
-    model: Annotated[ModelSection, _short_form("name_or_path")]
+    model: Annotated[ModelSection, _short_form("model")]
     """The model; a text is its `name_or_path`."""
-    tokenizer: Annotated[TokenizerSection, _short_form("name_or_path")] | None = None
+    tokenizer: Annotated[TokenizerSection, _short_form("tokenizer")] | None = None
     """The tokenizer; a text is its `name_or_path`."""
-    data: Annotated[DataSection, _short_form("source")]
+    data: Annotated[DataSection, _short_form("data")]
     """The data; a text is its `source`."""
-    precision: Annotated[PrecisionSection, _short_form("mode")] = PrecisionSection()
+    precision: Annotated[PrecisionSection, _short_form("precision")] = PrecisionSection()
     """The number formats; a text is its `mode`."""
     attention: Literal["auto"] | Attention = "auto"
     """The attention implementation, in transformers' names."""
@@ -259,7 +277,7 @@ class Recipe(Section):
     """Samples a device and forward pass. Left out: the largest that fits and divides."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Forward and backward passes an optimizer step. Left out: global_batch_size / (micro_batch_size x world size)."""
-    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    gradient_checkpointing: Literal["auto"] | Flag = "auto"
     """Recompute activations in the backward pass: less memory, about a third more compute (Chen et al. 2016)."""
     distributed: DistributedSection = DistributedSection()
     """How processes share the work."""
@@ -271,7 +289,7 @@ class Recipe(Section):
     """Quantise the frozen weights under the adapters."""
     training: TrainingSection = TrainingSection()  # type: ignore[valid-type]
     """Keys of `transformers.TrainingArguments` (5.x), under their own names."""
-    sample: Annotated[SampleSection, _short_form("prompt")] | None = None
+    sample: Annotated[SampleSection, _short_form("sample")] | None = None
     """Text to generate at the end; a text is its `prompt`."""
     restart: RestartSection = RestartSection()
     """What the supervisor does about a crash."""
@@ -309,7 +327,7 @@ class Recipe(Section):
         ):
             other = keys.get(theirs)
             if value not in (None, "auto") and other is not None and other != value:
-                raise ValueError(f"{own} is {value} and training.{theirs} is {other}: keep one of them")
+                raise ValueError(f"{own} is {value} and training.{theirs} is {other}; keep one of them")
         return self
 
     @model_validator(mode="after")
@@ -317,5 +335,5 @@ class Recipe(Section):
         if self.quantization is not None and self.lora is None:
             raise ValueError("quantization trains nothing by itself: quantised weights are frozen; add a lora block")
         if self.quantization is not None and self.model.config is not None:
-            raise ValueError("quantization is for a checkpoint (model.name_or_path), not for a model from scratch")
+            raise ValueError("quantization is for a checkpoint, not a model from scratch; write model.name_or_path")
         return self

@@ -7,14 +7,16 @@ installed transformers: validating a recipe must not import torch.
 import json
 from importlib.resources import files
 from types import NoneType
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from mpt.recipe.scalars import Flag, Integer, Number
+
 PYTHON_TYPES: dict[str, Any] = {
-    "integer": int,
-    "number": float,
-    "boolean": bool,
+    "integer": Integer,
+    "number": Number,
+    "boolean": Flag,
     "string": str,
     "array": list[str],
     "object": dict[str, Any],
@@ -91,14 +93,35 @@ REMOVED: dict[str, str] = {
 }
 
 
+# What TrainingArguments' numbers can be; it checks few of them itself. -1 steps: by epochs.
+POSITIVE: dict[str, float] = {"gt": 0}
+NOT_NEGATIVE: dict[str, float] = {"ge": 0}
+SHARE: dict[str, float] = {"ge": 0, "lt": 1}
+RANDOM_SEED: dict[str, float] = {"ge": 0, "lt": 2**32}  # numpy's
+RANGES: dict[str, dict[str, float]] = {
+    **dict.fromkeys(("logging_steps", "save_steps", "eval_steps", "num_train_epochs", "ddp_timeout"), POSITIVE),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), POSITIVE),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "dataloader_prefetch_factor"), POSITIVE),
+    **dict.fromkeys(("save_total_limit", "ddp_bucket_cap_mb", "torch_empty_cache_steps"), POSITIVE),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), NOT_NEGATIVE),
+    **dict.fromkeys(("eval_delay", "dataloader_num_workers", "neftune_noise_alpha"), NOT_NEGATIVE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), SHARE),
+    **dict.fromkeys(("seed", "data_seed"), RANDOM_SEED),
+    "max_steps": {"ge": -1},
+}
+
+
 def training_arguments() -> dict[str, dict[str, Any]]:
     """Read every key of TrainingArguments with its types, choices, default and help."""
     text = files("mpt.recipe").joinpath("training_arguments.json").read_text(encoding="utf-8")
     return dict(json.loads(text)["keys"])
 
 
-def _annotation(entry: dict[str, Any]) -> Any:
+def _annotation(key: str, entry: dict[str, Any]) -> Any:
     types = [PYTHON_TYPES[name] for name in entry["types"] if not (name == "string" and "choices" in entry)]
+    if key in RANGES:
+        limits: Any = RANGES[key]
+        types = [part if part is NoneType else Annotated[part, Field(**limits)] for part in types]
     if "choices" in entry:
         types.append(Literal[tuple(entry["choices"])])
     return Union[tuple(types)]  # noqa: UP007  # made at run time
@@ -106,7 +129,7 @@ def _annotation(entry: dict[str, Any]) -> Any:
 
 def _build_section() -> type[BaseModel]:
     fields: dict[str, Any] = {
-        key: (_annotation(entry), Field(default=entry["default"], description=entry["help"]))
+        key: (_annotation(key, entry), Field(default=entry["default"], description=entry["help"]))
         for key, entry in training_arguments().items()
         if key not in OWNED
     }

@@ -1,0 +1,170 @@
+"""Rules across keys that hold on every machine. Those within a section stand in the schema; those that need the machine
+or the model are planning's."""
+
+from collections.abc import Callable, Iterator
+
+from mpt.recipe.schema import Recipe
+from mpt.recipe.yaml_text import Flaw
+from mpt.terms import Task
+
+FROM_SCRATCH_VOCABULARY = 4096  # TokenizerSection.vocab_size, where no tokenizer block is given
+
+
+def broken_rules(recipe: Recipe) -> list[Flaw]:
+    """Name every rule that the recipe breaks."""
+    return [flaw for rule in RULES for flaw in rule(recipe)]
+
+
+def _batch_divides(recipe: Recipe) -> Iterator[Flaw]:
+    """The global batch is micro batch x accumulation x world size, a multiple of processes a node."""
+    if recipe.global_batch_size is None:
+        return
+    known = {
+        "micro_batch_size": recipe.asked_micro_batch_size,
+        "gradient_accumulation_steps": recipe.asked_gradient_accumulation_steps,
+        "distributed.processes_per_node": recipe.distributed.processes_per_node,
+    }
+    given = {key: value for key, value in known.items() if value is not None}
+    product = 1
+    for value in given.values():
+        product *= value
+    if recipe.global_batch_size % product:
+        names = " x ".join(f"{key} {value}" for key, value in given.items())
+        below = recipe.global_batch_size // product * product
+        multiples = f"{below} or {below + product}" if below else str(product)
+        yield Flaw(
+            ("global_batch_size",),
+            f"{recipe.global_batch_size} is no multiple of {names}",
+            f"write {multiples}, or leave one of them out",
+        )
+
+
+def _evaluation(recipe: Recipe) -> Iterator[Flaw]:
+    keys = recipe.training_keys
+    strategy = keys.get("eval_strategy", "no")
+    data = recipe.data
+    if strategy != "no" and data.eval_source is None and data.eval_split is None and data.eval_fraction == 0:
+        yield Flaw(
+            ("training", "eval_strategy"),
+            f"{strategy} evaluates, and data.eval_fraction is 0: there is nothing to evaluate on",
+            "give data.eval_source, data.eval_split or an eval_fraction above 0",
+        )
+    if "eval_steps" in keys and "eval_strategy" not in keys:
+        yield Flaw(
+            ("training", "eval_steps"),
+            "has no effect: eval_strategy is no where it is left out",
+            "add `eval_strategy: steps`",
+        )
+
+
+def _best_model(recipe: Recipe) -> Iterator[Flaw]:
+    """The Trainer's own rules for the best checkpoint (transformers 5.23, TrainingArguments._validate_args)."""
+    keys = recipe.training_keys
+    evaluates, saves = keys.get("eval_strategy", "no"), keys.get("save_strategy", "steps")
+    if evaluates == "no" and (keys.get("load_best_model_at_end") or saves == "best"):
+        key = "load_best_model_at_end" if keys.get("load_best_model_at_end") else "save_strategy"
+        yield Flaw(
+            ("training", key),
+            "the best checkpoint is known by evaluation, and eval_strategy is no",
+            "set eval_strategy to steps or epoch",
+        )
+        return
+    if not keys.get("load_best_model_at_end") or saves == "best":
+        return
+    if evaluates != saves:
+        yield Flaw(
+            ("training", "load_best_model_at_end"),
+            f"needs a checkpoint at each evaluation; save_strategy is {saves} and eval_strategy {evaluates}",
+            f"set save_strategy to {evaluates}",
+        )
+    elif evaluates == "steps":
+        every = keys.get("eval_steps") or keys.get("logging_steps", 500)
+        save_every = keys.get("save_steps", 500)
+        if (every < 1) != (save_every < 1) or round(save_every * 1_000_000) % round(every * 1_000_000):
+            yield Flaw(
+                ("training", "save_steps"),
+                f"load_best_model_at_end needs save_steps ({save_every:g}) to be a multiple of eval_steps ({every:g})",
+                f"set save_steps to {every:g}",
+            )
+
+
+def _steps(recipe: Recipe) -> Iterator[Flaw]:
+    keys = recipe.training_keys
+    max_steps = keys.get("max_steps", -1)
+    if max_steps == 0:
+        yield Flaw(("training", "max_steps"), "must be above 0 (got 0)", "leave it out to train by num_train_epochs")
+    if recipe.data.streaming and max_steps <= 0:
+        yield Flaw(("data", "streaming"), "a stream has no length", "add training.max_steps")
+    for key in ("logging_steps", "save_steps", "eval_steps", "warmup_steps"):
+        steps = keys.get(key)
+        if steps is not None and steps > 1 and steps != int(steps):
+            yield Flaw(
+                ("training", key),
+                f"must be whole, or below 1 for a share of all steps (got {steps:g})",
+                f"write {round(steps)}",
+            )
+
+
+def _loader(recipe: Recipe) -> Iterator[Flaw]:
+    """torch's DataLoader refuses these without worker processes, long after the model is loaded."""
+    keys = recipe.training_keys
+    if keys.get("dataloader_num_workers", 0) > 0:
+        return
+    for key in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
+        if keys.get(key):
+            yield Flaw(
+                ("training", key),
+                "needs loader processes, and dataloader_num_workers is 0",
+                "set the number",
+            )
+
+
+def _tokenizer(recipe: Recipe) -> Iterator[Flaw]:
+    tokenizer = recipe.tokenizer
+    config = recipe.model.config
+    if config is None:
+        if tokenizer is not None and tokenizer.train is not None:
+            yield Flaw(
+                ("tokenizer", "train"),
+                f"{recipe.model.name_or_path} knows its own vocabulary; a new one would mean nothing to its weights",
+                "leave the tokenizer out, or build the model from model.config",
+            )
+        return
+    size = config.get("vocab_size")
+    if tokenizer is None or tokenizer.train is not None:
+        tokens = FROM_SCRATCH_VOCABULARY if tokenizer is None else tokenizer.vocab_size
+        if isinstance(size, int) and size < tokens:
+            yield Flaw(
+                ("model", "config", "vocab_size"),
+                f"{size} is fewer than the {tokens} tokens of the trained tokenizer",
+                "leave it out, or set tokenizer.vocab_size too",
+            )
+
+
+def _task_has_its_keys(recipe: Recipe) -> Iterator[Flaw]:
+    only = {
+        "text_pair_column": Task.SEQUENCE_CLASSIFICATION,
+        "label_column": Task.SEQUENCE_CLASSIFICATION,
+        "messages_column": Task.SFT,
+    }
+    for key, task in only.items():
+        if key in recipe.data.model_fields_set and recipe.task != task:
+            yield Flaw(
+                ("data", key), f"is for task {task}, and the task is {recipe.task}", f"leave it out or set task: {task}"
+            )
+    if recipe.sample is not None and recipe.task not in (Task.CAUSAL_LM, Task.SFT):
+        yield Flaw(("sample",), f"a model for {recipe.task} generates no text", "leave it out")
+    packs = "packing" in recipe.data.model_fields_set and recipe.data.packing
+    if packs and recipe.task is Task.SEQUENCE_CLASSIFICATION:
+        yield Flaw(("data", "packing"), "joined documents have no label of their own", "leave packing out")
+
+
+RULES: tuple[Callable[[Recipe], Iterator[Flaw]], ...] = (
+    _batch_divides,
+    _evaluation,
+    _best_model,
+    _steps,
+    _loader,
+    _tokenizer,
+    _task_has_its_keys,
+)
