@@ -1,7 +1,7 @@
 """Compare what really runs with what was planned, and refuse to train the difference.
 
-Three looks: when the model is wrapped and the optimizer made; after the first backward pass, before the optimizer step; and
-after that step, when the optimizer has its state. The findings go to the attempt's audit.json.
+Three looks: when the model is wrapped and the optimizer made; after the first backward pass, before the optimizer step;
+and after that step, when the optimizer has its state. The findings go to the attempt's audit.json.
 """
 
 import json
@@ -70,7 +70,7 @@ class Audit:
         self._compare(
             "gradient_checkpointing",
             plan.value("gradient_checkpointing"),
-            bool(getattr(trainer.model, "is_gradient_checkpointing", False)),
+            bool(getattr(trainer.model, "is_activation_checkpointing", False)),
         )
         batch = (
             trainer.args.per_device_train_batch_size
@@ -132,7 +132,7 @@ class Audit:
         planned = str(self.plan.value("optimizer"))
         made = _innermost(engine.optimizer if engine is not None else trainer.optimizer)
         name = type(made).__name__
-        # transformers' names are of algorithms and variants (adamw_torch_fused); the class must at least be of the family.
+        # transformers' names are of algorithms and variants (adamw_torch_fused); the class must be of the family.
         families = {"adamw": "adam", "adafactor": "adafactor", "sgd": "sgd", "lion": "lion", "adagrad": "adagrad"}
         family = next((word for key, word in families.items() if key in planned), None)
         if family is not None:

@@ -1,8 +1,8 @@
-"""Read text: the built-in corpus, files, hub data sets. Every source becomes a `datasets` table with one column, `text`,
+"""Read text: the built-in corpus, files, hub data sets. Every source becomes a table of `datasets` with one column, `text`,
 a document a row.
 
-Reading is left to `datasets`; only when it fails are the files read again here, to say which line of which file is wrong.
-Called by `mpt.training.data`.
+Reading is left to `datasets`; only when it fails are the files read again here, to say which line of which file is
+wrong. Called by `mpt.training.data`.
 """
 
 import csv
@@ -22,8 +22,8 @@ from mpt.recipe.schema import DataSection
 BUILTIN = "builtin:python-reference"
 TEXT = "text"
 
-# Suffix -> the builder of `datasets`, and its options. Of a CSV every cell is taken as it stands: pandas would turn "NA",
-# "null" and an empty cell into missing values.
+# Suffix -> the builder of `datasets`, and its options. Of a CSV every cell is taken as it stands: pandas would turn
+# "NA", "null" and an empty cell into missing values.
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {"sample_by": "document"}),
     ".md": ("text", {"sample_by": "document"}),
@@ -66,7 +66,8 @@ def stream_corpus(section: DataSection, source: str | list[str], *, split: str) 
 def expand(source: str) -> list[Path]:
     """List the files that a path or glob names, sorted. Raises MptError where there is none, or of an unknown kind."""
     if has_magic(source):
-        paths = sorted(Path(name) for name in glob(source, recursive=True) if Path(name).is_file())
+        # Path.glob takes no absolute pattern.
+        paths = sorted(Path(name) for name in glob(source, recursive=True) if Path(name).is_file())  # noqa: PTH207
         if not paths:
             raise MptError(
                 f"data.source: no file matches {source}", remedy=f"Mend the pattern; mpt looked in {Path.cwd()}."

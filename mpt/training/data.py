@@ -42,7 +42,7 @@ class Samples:
 
 
 class PackedBlocks(torch.utils.data.Dataset):
-    """Blocks of `length` tokens cut from the joined documents; the tokens stay in the (memory-mapped) table's buffers."""
+    """Blocks of `length` tokens cut from the joined documents; the tokens stay in the memory-mapped table."""
 
     def __init__(self, table: datasets.Dataset, length: int) -> None:
         chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in table.data.column("input_ids").chunks]
@@ -134,13 +134,14 @@ def prepare_samples(
     blocks = PackedBlocks(train, sequence_length)
     if len(blocks) == 0:
         raise MptError(
-            f"{source} has {blocks.tokens} tokens to train on, less than one block of data.sequence_length {sequence_length}",
+            f"{source} has {blocks.tokens} tokens to train on, less than one block of data.sequence_length "
+            f"{sequence_length}",
             remedy="Set data.sequence_length lower, set data.packing: false, or give more text.",
         )
     dropped = blocks.tokens % sequence_length
     if dropped:
         notices.append(
-            f"{len(blocks)} blocks of {sequence_length} tokens; the last {dropped} of {blocks.tokens} tokens are left out"
+            f"{len(blocks)} blocks of {sequence_length} tokens; the last {dropped} of {blocks.tokens} are left out"
         )
     eval_blocks = None if held_out is None else PackedBlocks(held_out, sequence_length)
     if eval_blocks is not None and len(eval_blocks) == 0:
@@ -175,8 +176,8 @@ def _cut_tail(train: datasets.Dataset, fraction: float) -> Documents:
 def _tokenise(table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> datasets.Dataset:
     """Encode every document, end-of-text after each; with `limit`, at most so many tokens of it.
 
-    The result is cached by `datasets`, beside the table it came from (in Hugging Face's cache, never by the user's files);
-    the fingerprint is ours, because a tokenizer's pickle changes with use.
+    The result is cached by `datasets`, beside the table it came from (in Hugging Face's cache, never by the user's
+    files); the fingerprint is ours, because a tokenizer's pickle changes with use.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -264,6 +265,7 @@ def _stream_samples(
     notices = [*documents.notices]
     if packing:
         notices.append(
-            f"streaming packs 1,000 documents at a time and leaves out the last tokens of each thousand, fewer than {sequence_length}"
+            "streaming packs 1,000 documents at a time and leaves out the last tokens of each thousand, fewer than "
+            f"{sequence_length}"
         )
     return Samples(samples(documents.train), samples(documents.held_out), tuple(notices))

@@ -40,7 +40,7 @@ def build_causal_lm(plan: Plan, tokenizer: PreTrainedTokenizerBase, *, seed: int
     if len(tokenizer) > size:
         raise MptError(
             f"the tokenizer has {len(tokenizer)} entries and the model's vocabulary {size}",
-            remedy="Set model.config.vocab_size (or tokenizer.vocab_size) so that the tokenizer fits, or name the model's own.",
+            remedy="Make model.config.vocab_size at least the tokenizer's, or name the model's own tokenizer.",
         )
     return model
 

@@ -1,4 +1,4 @@
-"""How a worker's training ends other than by finishing. Raised in the training loop, caught by `mpt.training.worker`."""
+"""How a worker's training ends other than by finishing. Raised in the loop, caught by `mpt.training.worker`."""
 
 import signal
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from pathlib import Path
 from types import FrameType
 
 
-class Diverged(Exception):
+class Diverged(Exception):  # noqa: N818 - an outcome, as StopIteration is one
     """The numbers went bad; raised before the optimizer step that would have spread them into the weights.
 
     `what` is "loss", "grad_norm", "loss_scale" or "weights".
@@ -19,7 +19,7 @@ class Diverged(Exception):
         self.value = value
 
 
-class Stopped(Exception):
+class Stopped(Exception):  # noqa: N818
     """A stop was asked for, every rank agreed, and `checkpoint` is committed."""
 
     def __init__(self, step: int, checkpoint: str) -> None:

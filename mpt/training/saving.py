@@ -1,4 +1,4 @@
-"""Checkpoints and the final model on disk: written aside, made durable, renamed. A half-written folder has another name.
+"""Checkpoints and the final model on disk: written aside, made durable, renamed. What is half-written has another name.
 
 Hugging Face writes checkpoints in place (and chooses the highest number however incomplete); here its own saving code
 writes into a staging folder, and `mpt.running.checkpoints` commits.
@@ -33,7 +33,7 @@ WRITERS_WORDS = (
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a failure to write into a StorageError that names the place. Out of memory and our own errors pass through."""
+    """Turn a failure to write into a StorageError that names the place; whatever else went wrong passes through."""
     try:
         yield
     except torch.OutOfMemoryError:

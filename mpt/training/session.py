@@ -78,7 +78,7 @@ def train(
         if len(tokenizer) < asked and is_writer:
             journal.append(
                 "notice",
-                text=f"the text yields {len(tokenizer)} tokenizer entries of {asked}; the model keeps {plan.facts.vocab_size}",
+                text=f"the text yields {len(tokenizer)} tokenizer entries of {asked}; the model keeps its planned size",
             )
     with arguments.main_process_first(desc="tokenising"):
         samples = task.prepare_data(plan, documents, tokenizer)

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from mpt.running.journal import Journal
 from mpt.training.outcome import Diverged, StopRequest
 
-# Skipped steps in a row after which a fixed loss scale is judged too high for good. A dynamic one has by then been halved
-# from 2^16 to below 1 and is judged by that.
+# Skipped steps in a row after which a fixed loss scale is judged too high for good. A dynamic one has by then been
+# halved from 2^16 to below 1 and is judged by that.
 MAX_SKIPS_AT_STATIC_SCALE = 20
 
 
@@ -39,7 +39,7 @@ class Step:
 
 
 class StepWatch:
-    """Collects the micro batches of a step, agrees on them with the other ranks, and writes the metrics row (rank 0)."""
+    """Collects a step's micro batches, agrees on them with the other ranks, and writes the metrics row (rank 0)."""
 
     def __init__(
         self, journal: Journal, metrics: Path, *, attempt: int, rank: int, stop: StopRequest, device: torch.device

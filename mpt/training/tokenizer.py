@@ -64,7 +64,7 @@ def trained_tokenizer(
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE (Radford et al. 2019, section 2.2) of at most `vocab_size` entries.
 
-    The 256 bytes and the end of text are among them, so every text can be encoded. The same texts give the same tokenizer.
+    The 256 bytes and the end of text are among them, so every text can be encoded. The same texts give the same one.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,5 +1,5 @@
-"""The Trainer of Hugging Face with hooks, and no loop of our own: bad numbers stop before the optimizer step, checkpoints are
-staged and committed, metrics are written each step, a stop is agreed on by all ranks.
+"""The Trainer of Hugging Face with hooks, and no loop of our own: bad numbers stop before the optimizer step, checkpoints
+are staged and committed, metrics are written each step, a stop is agreed on by all ranks.
 """
 
 import math
@@ -28,7 +28,7 @@ DEFAULT_KEPT_CHECKPOINTS = 2
 
 
 class PlanTrainer(Trainer):
-    """Trains what a plan says. Raises Diverged, Stopped, UnsupportedError (by the audit) and StorageError out of `train`."""
+    """Trains what a plan says. `train` raises Diverged, Stopped, UnsupportedError (by the audit) or StorageError."""
 
     def __init__(
         self, *, plan: Plan, run: RunDirectory, journal: Journal, watch: StepWatch, audit: Audit, **keywords: Any
@@ -218,8 +218,8 @@ class StepHooks(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         trainer = self.trainer
-        # The Trainer has copied the tokenizer's pad into the configuration. A model built from that again would freeze the
-        # embedding of that token, which here is often the end of text (torch.nn.Embedding, padding_idx).
+        # The Trainer has copied the tokenizer's pad into the configuration. A model built from that again would freeze
+        # the embedding of that token, which here is often the end of text (torch.nn.Embedding, padding_idx).
         trainer.model.config.pad_token_id = trainer.pad_token_id
         trainer.audit.after_set_up(trainer)
         if trainer.watch.is_writer:
@@ -249,9 +249,9 @@ class StepHooks(TrainerCallback):
 class WatchedEngine(DeepSpeedEngineWrapper):
     """DeepSpeed's optimizer step happens inside `backward`: look before it, and at its own verdict after it.
 
-    Every ZeRO stage checks the gradient norm before it updates (deepspeed 0.19.8: zero/stage_1_and_2.py and zero/stage3.py
-    `step`, bf16_optimizer.py `step`): with a non-finite one the update is left out and `was_step_applied()` is False. In
-    fp16 that is loss scaling at work; in bf16 and fp32 it is the end.
+    Every ZeRO stage checks the gradient norm before it updates (deepspeed 0.19.8, `step` in zero/stage_1_and_2.py,
+    zero/stage3.py and bf16_optimizer.py): with a non-finite one the update is left out and `was_step_applied()` is False.
+    In fp16 that is loss scaling at work; in bf16 and fp32 it is the end.
     """
 
     def __init__(self, engine: Any, trainer: PlanTrainer) -> None:

@@ -1,8 +1,8 @@
 """The training process: `python -m mpt.training.worker RUN_DIR ATTEMPT`, by itself or under torchrun.
 
-It reads the attempt's plan and obeys it. What happens goes into the run directory: phases and events into the journal, a
-row a step into the metrics, and at the end one last word (`finished`, `stopped`, `diverged` or `failed`). The exit status
-repeats the last word for whoever started it.
+It reads the attempt's plan and obeys it. What happens goes into the run directory: phases and events into the journal,
+a row a step into the metrics, and at the end one last word (`finished`, `stopped`, `diverged` or `failed`). The exit
+status repeats the last word for whoever started it.
 """
 
 import json
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     except MptError as error:
         print(f"error: {error.problem}\n{error.remedy}", file=sys.stderr)
         return _last_word_failed(journal, error.problem, error.remedy, error.exit_code)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a main function: every end has its last word
         traceback.print_exc()
         problem, remedy, code = explain(error)
         return _last_word_failed(journal, problem, remedy, code)
@@ -87,7 +87,7 @@ def explain(error: BaseException) -> tuple[str, str, ExitCode]:
         return line, "Free space there, or choose another --runs-dir.", ExitCode.STORAGE
     return (
         f"{type(error).__name__}: {line}",
-        "This is a bug in mpt or below it; the traceback is in the log.",
+        "A bug in mpt or below it; the traceback is in the log.",
         ExitCode.BUG,
     )
 

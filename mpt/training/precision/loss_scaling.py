@@ -1,7 +1,7 @@
 """Loss scaling of fp16 (Micikevicius et al. 2018, section 3.2) outside DeepSpeed, which brings its own.
 
-accelerate makes no scaler on a CPU and then trains in fp32 without a word (accelerate 1.15, `Accelerator.__init__`), and
-takes no scaler options from the Trainer: so the scaler is made here, for every device.
+accelerate makes no scaler on a CPU and then trains in fp32 without a word (accelerate 1.15, `Accelerator.__init__`),
+and takes no scaler options from the Trainer: so the scaler is made here, for every device.
 """
 
 from collections.abc import Mapping
