@@ -9,7 +9,8 @@ from mpt.recipe.overrides import Override, apply_overrides
 from mpt.recipe.rules import broken_rules
 from mpt.recipe.schema import Recipe
 from mpt.recipe.schema_errors import show, validate
-from mpt.recipe.yaml_text import MAX_BYTES, Document, Flaw, KeyPath, read_yaml
+from mpt.recipe.yaml_text import MAX_BYTES, Document, read_yaml
+from mpt.recipe.yaml_tree import Flaw, KeyPath
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -6,7 +6,8 @@ from typing import Any
 
 from mpt.errors import RecipeProblem
 from mpt.recipe.schema import SHORT_FORMS
-from mpt.recipe.yaml_text import Flaw, read_yaml
+from mpt.recipe.yaml_text import read_yaml
+from mpt.recipe.yaml_tree import MAX_DEPTH, Flaw
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ def read_override(argument: str) -> tuple[Override | None, list[RecipeProblem]]:
         return None, [_problem(argument, (), "has no `=`", "write key.path=value: training.learning_rate=2e-5")]
     if not all(path):
         return None, [_problem(argument, (), "names no key before the `=`", "write key.path=value: precision=fp16")]
+    if len(path) > MAX_DEPTH:
+        return None, [_problem(argument, (), f"is nested more than {MAX_DEPTH} deep", "set a key of the recipe")]
     document = read_yaml(text)
     problems = [
         _problem(argument, (*path, *(str(part) for part in flaw.path)), flaw.problem, flaw.suggestion)

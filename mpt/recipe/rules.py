@@ -3,11 +3,11 @@ or the model are planning's."""
 
 from collections.abc import Callable, Iterator
 
-from mpt.recipe.schema import Recipe
-from mpt.recipe.yaml_text import Flaw
+from mpt.recipe.schema import Recipe, TokenizerSection
+from mpt.recipe.yaml_tree import Flaw
 from mpt.terms import Task
 
-FROM_SCRATCH_VOCABULARY = 4096  # TokenizerSection.vocab_size, where no tokenizer block is given
+BUILTIN = ("builtin:python-reference",)
 
 
 def broken_rules(recipe: Recipe) -> list[Flaw]:
@@ -132,13 +132,20 @@ def _tokenizer(recipe: Recipe) -> Iterator[Flaw]:
         return
     size = config.get("vocab_size")
     if tokenizer is None or tokenizer.train is not None:
-        tokens = FROM_SCRATCH_VOCABULARY if tokenizer is None else tokenizer.vocab_size
+        tokens = (tokenizer or TokenizerSection()).vocab_size
         if isinstance(size, int) and size < tokens:
             yield Flaw(
                 ("model", "config", "vocab_size"),
                 f"{size} is fewer than the {tokens} tokens of the trained tokenizer",
                 "leave it out, or set tokenizer.vocab_size too",
             )
+
+
+def _builtin_exists(recipe: Recipe) -> Iterator[Flaw]:
+    for key, value in (("source", recipe.data.source), ("eval_source", recipe.data.eval_source)):
+        for source in [value] if isinstance(value, str) else value or []:
+            if source.startswith("builtin:") and source not in BUILTIN:
+                yield Flaw(("data", key), f"there is no {source}", f"built in is {', '.join(BUILTIN)}")
 
 
 def _task_has_its_keys(recipe: Recipe) -> Iterator[Flaw]:
@@ -166,5 +173,6 @@ RULES: tuple[Callable[[Recipe], Iterator[Flaw]], ...] = (
     _steps,
     _loader,
     _tokenizer,
+    _builtin_exists,
     _task_has_its_keys,
 )

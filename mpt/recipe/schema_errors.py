@@ -9,7 +9,7 @@ from pydantic_core import ErrorDetails
 
 from mpt.recipe.schema import Recipe
 from mpt.recipe.suggestions import keys_of, nearest, sections, suggest_key, suggest_missing
-from mpt.recipe.yaml_text import Flaw, KeyPath, core_value
+from mpt.recipe.yaml_tree import Flaw, KeyPath, core_value
 
 TYPES = {
     "int_type": "a whole number",

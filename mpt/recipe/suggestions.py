@@ -79,9 +79,9 @@ def nearest(word: str, words: Iterable[str]) -> str | None:
     ('bf16', None)
     """
     plain = word.strip().lower().replace("-", "_").replace(" ", "_")
-    found = get_close_matches(plain, list(words), n=3, cutoff=0.6)
-    beginning = [word for word in found if word.startswith(plain)]
-    return next(iter(beginning + found), None)
+    choices = list(words)
+    beginnings = [word for word in choices if len(plain) > 2 and word.startswith(plain)]
+    return next(iter(beginnings + get_close_matches(plain, choices, n=1, cutoff=0.6)), None)
 
 
 def suggest_key(section: str, key: str) -> tuple[str, str]:

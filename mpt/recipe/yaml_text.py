@@ -1,29 +1,15 @@
-"""YAML -> plain values, with the line of every key. What the keys mean is not known here.
-
-Plain scalars follow the core schema of YAML 1.2.2 (section 10.3.2), not PyYAML's YAML 1.1: `2e-5` is a number, `no` and
-`12:30` are text. Keys are the text that was written. The parser's events are read with a stack of our own, so nesting
-can't exhaust Python's, and what aliases expand to is counted before it is built.
-"""
+"""YAML -> plain values, with the line of every key. What the keys mean is not known here."""
 
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
-KeyPath = tuple[str | int, ...]
+from mpt.recipe.yaml_tree import Flaw, KeyPath, Node, TreeBuilder, UnreadableError
 
 MAX_BYTES = 2**20
-MAX_VALUES = 20_000
-MAX_DEPTH = 40
-
-INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
-FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-WORDS = {word: value for text, value in (("null", None), ("true", True), ("false", False))
-         for word in (text, text.title(), text.upper())} | {"~": None, "": None}  # fmt: skip
 UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-STANDARD_TAG = "tag:yaml.org,2002:"
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 # The scanner's words -> ours.
@@ -38,16 +24,6 @@ SYNTAX = (
 
 
 @dataclass(frozen=True, slots=True)
-class Flaw:
-    """Something wrong at a key path. `line` counts from 1; None: that of the path."""
-
-    path: KeyPath
-    problem: str
-    suggestion: str
-    line: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Document:
     """What a text says: plain values, the line of each key path, and what is wrong with it as YAML."""
 
@@ -57,54 +33,17 @@ class Document:
     is_readable: bool = True
 
 
-class _UnreadableError(Exception):
-    def __init__(self, problem: str, suggestion: str, line: int | None = None, path: KeyPath = ()) -> None:
-        super().__init__(problem)
-        self.flaw = Flaw(path, problem, suggestion, line)
-
-
-@dataclass(slots=True, eq=False)
-class _Node:
-    """A value of the text. `value` is a scalar, a list of nodes, or a dict of (line of the key, node)."""
-
-    line: int
-    value: Any
-    text: str | None = None  # as written; None for a collection
-    is_left_out: bool = False
-    size: int = 1
-    depth: int = 1
-
-
-@dataclass(slots=True, eq=False)
-class _Open:
-    """A collection whose end has not come yet."""
-
-    line: int
-    anchor: str | None
-    is_map: bool
-    items: list[_Node] = field(default_factory=list)
-    entries: dict[str, tuple[int, _Node]] = field(default_factory=dict)
-    merged: list[_Node] = field(default_factory=list)
-    key: _Node | None = None
-
-    @property
-    def place(self) -> KeyPath:
-        if not self.is_map:
-            return (len(self.items),)
-        return () if self.key is None else (self.key.text or "",)
-
-
 def read_yaml(raw: bytes | str) -> Document:
     """Read one YAML document. What is wrong with it comes back as flaws, never as an exception."""
     try:
         text = raw if isinstance(raw, str) else _decode(raw)
         _check_characters(text)
-        builder = _Builder()
+        builder = TreeBuilder()
         try:
             root = builder.build(yaml.parse(text, Loader=LOADER))
         except yaml.YAMLError as error:
             raise _syntax_error(error, text) from None
-    except _UnreadableError as error:
+    except UnreadableError as error:
         return Document(None, flaws=(error.flaw,), is_readable=False)
     if root is None:
         return Document(None)
@@ -114,200 +53,40 @@ def read_yaml(raw: bytes | str) -> Document:
     return Document(value, lines, tuple(flaws))
 
 
-def core_value(text: str) -> Any:
-    """Resolve a plain scalar by the core schema of YAML 1.2.
-
-    >>> core_value("2e-5"), core_value("no"), core_value("0o17"), core_value("1_000"), core_value("12:30")
-    (2e-05, 'no', 15, '1_000', '12:30')
-    """
-    if text in WORDS:
-        return WORDS[text]
-    if INTEGER.fullmatch(text):
-        if len(text) > 300:  # Python refuses to read more than 4300 digits, and no float holds 310
-            return float("inf")
-        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-    if FLOAT.fullmatch(text):
-        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-    return text
-
-
 def _decode(raw: bytes) -> str:
     if len(raw) > MAX_BYTES:
-        raise _UnreadableError("is larger than a mebibyte", "give a recipe: a short YAML file")
+        raise UnreadableError("is larger than a mebibyte", "give a recipe: a short YAML file")
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise _UnreadableError("is UTF-16", "save it as UTF-8", 1)
+        raise UnreadableError("is UTF-16", "save it as UTF-8", 1)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise _UnreadableError(f"byte 0x{raw[error.start]:02x} is not UTF-8", "save the file as UTF-8", line) from None
+        raise UnreadableError(f"byte 0x{raw[error.start]:02x} is not UTF-8", "save the file as UTF-8", line) from None
 
 
 def _check_characters(text: str) -> None:
     found = UNPRINTABLE.search(text)
     if found:
         line = text[: found.start()].count("\n") + 1
-        raise _UnreadableError(f"the character U+{ord(found[0]):04X} has no place in YAML", "remove it", line)
+        raise UnreadableError(f"the character U+{ord(found[0]):04X} has no place in YAML", "remove it", line)
 
 
-def _syntax_error(error: yaml.YAMLError, text: str) -> _UnreadableError:
+def _syntax_error(error: yaml.YAMLError, text: str) -> UnreadableError:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     line = None if mark is None else mark.line + 1
     lines = text.splitlines()
     near = lines[max(0, (line or 1) - 2) : line]
     if any(re.match(r" *\t", one) for one in near):
-        return _UnreadableError("a tab in the indentation", "indent with spaces", line)
+        return UnreadableError("a tab in the indentation", "indent with spaces", line)
     said = getattr(error, "problem", None) or str(error)
     for words, problem, suggestion in SYNTAX:
         if words in said:
-            return _UnreadableError(problem, suggestion, line)
-    return _UnreadableError(f"is not YAML: {said}", "put text that holds any of : # [ ] { } @ ` in quotes", line)
+            return UnreadableError(problem, suggestion, line)
+    return UnreadableError(f"is not YAML: {said}", "put text that holds any of : # [ ] { } @ ` in quotes", line)
 
 
-class _Builder:
-    """Make a tree of nodes out of the parser's events."""
-
-    def __init__(self) -> None:
-        self.flaws: list[Flaw] = []
-        self._open: list[_Open] = []
-        self._anchors: dict[str, _Node | None] = {}  # None: its collection is still open
-        self._root: _Node | None = None
-
-    def build(self, events: Iterator[Any]) -> _Node | None:
-        handlers: dict[type, Callable[[Any], None]] = {
-            yaml.ScalarEvent: self._scalar,
-            yaml.AliasEvent: self._alias,
-            yaml.MappingStartEvent: self._start,
-            yaml.SequenceStartEvent: self._start,
-            yaml.MappingEndEvent: self._end,
-            yaml.SequenceEndEvent: self._end,
-            yaml.DocumentStartEvent: self._document,
-        }
-        for event in events:
-            handler = handlers.get(type(event))
-            if handler is not None:
-                handler(event)
-        return self._root
-
-    @property
-    def _path(self) -> KeyPath:
-        return tuple(part for opened in self._open for part in opened.place)
-
-    def _document(self, event: Any) -> None:
-        if self._root is not None:
-            raise _UnreadableError(
-                "a second document begins here", "write one recipe a file, without `---`", _line(event)
-            )
-
-    def _scalar(self, event: Any) -> None:
-        node = _Node(_line(event), event.value, event.value)
-        tag = event.tag
-        if tag is None and event.implicit[0]:
-            node.value = core_value(event.value)
-            node.is_left_out = event.value == ""
-        elif tag not in (None, "!", f"{STANDARD_TAG}str"):
-            node.value = self._tagged(tag, event)
-        if event.anchor:
-            self._anchors[event.anchor] = node
-        self._add(node)
-
-    def _tagged(self, tag: str, event: Any) -> Any:
-        value = core_value(event.value)
-        kind = type(value).__name__.replace("NoneType", "null")
-        if tag == f"{STANDARD_TAG}{kind}":
-            return value
-        if tag == f"{STANDARD_TAG}float" and kind == "int":
-            return float(value)
-        self._flaw(f"the tag {_tag_text(tag)} does not fit or is not known here", "remove the tag", _line(event))
-        return value
-
-    def _alias(self, event: Any) -> None:
-        if event.anchor not in self._anchors:
-            raise _UnreadableError(f"*{event.anchor} has no anchor", f"define &{event.anchor} above", _line(event))
-        node = self._anchors[event.anchor]
-        if node is None:
-            raise _UnreadableError(f"*{event.anchor} contains itself", "write the value out", _line(event))
-        self._add(node)
-
-    def _start(self, event: Any) -> None:
-        is_map = isinstance(event, yaml.MappingStartEvent)
-        if event.tag not in (None, "!", f"{STANDARD_TAG}map" if is_map else f"{STANDARD_TAG}seq"):
-            self._flaw(f"the tag {_tag_text(event.tag)} is not known here", "remove the tag", _line(event))
-        self._open.append(_Open(_line(event), event.anchor, is_map))
-        self._check_depth(len(self._open), _line(event))
-        if event.anchor:
-            self._anchors[event.anchor] = None
-
-    def _end(self, event: Any) -> None:
-        opened = self._open.pop()
-        node = _Node(opened.line, opened.items)
-        children = opened.items
-        if opened.is_map:
-            node.value = self._merge(opened)
-            children = [child for _, child in node.value.values()]
-        node.size += sum(child.size for child in children)
-        node.depth += max((child.depth for child in children), default=0)
-        if node.size > MAX_VALUES:
-            raise _UnreadableError(f"more than {MAX_VALUES} values, aliases counted", "write a recipe", opened.line)
-        self._check_depth(len(self._open) + node.depth, opened.line)
-        if opened.anchor:
-            self._anchors[opened.anchor] = node
-        self._add(node)
-
-    def _check_depth(self, depth: int, line: int) -> None:
-        if depth > MAX_DEPTH + 1:
-            raise _UnreadableError(f"nested more than {MAX_DEPTH} deep", "check the indentation and brackets", line)
-
-    def _merge(self, opened: _Open) -> dict[str, tuple[int, _Node]]:
-        entries = dict(opened.entries)
-        for merged in opened.merged:
-            sources = merged.value if isinstance(merged.value, list) else [merged]
-            for source in sources:
-                if not isinstance(source.value, dict):
-                    self._flaw("`<<` takes a map or a list of maps", "write `<<: *name`", merged.line)
-                    continue
-                for key, entry in source.value.items():
-                    entries.setdefault(key, entry)
-        return entries
-
-    def _add(self, node: _Node) -> None:
-        if not self._open:
-            self._root = node
-            return
-        opened = self._open[-1]
-        if not opened.is_map:
-            opened.items.append(node)
-        elif opened.key is None:
-            if node.text is None:
-                raise _UnreadableError("a list or a map can't be a key", "write a word as the key", node.line)
-            opened.key = node
-        else:
-            self._add_entry(opened, opened.key, node)
-            opened.key = None
-
-    def _add_entry(self, opened: _Open, key: _Node, node: _Node) -> None:
-        name = key.text or ""
-        if name == "<<":
-            opened.merged.append(node)
-        elif name in opened.entries:
-            first = opened.entries[name][0]
-            self._flaw(f"is given twice, in lines {first} and {key.line}", "keep one of the two", key.line)
-        else:
-            opened.entries[name] = (key.line, node)
-
-    def _flaw(self, problem: str, suggestion: str, line: int) -> None:
-        self.flaws.append(Flaw(self._path, problem, suggestion, line))
-
-
-def _line(event: Any) -> int:
-    return int(event.start_mark.line) + 1
-
-
-def _tag_text(tag: str) -> str:
-    return "!!" + tag.removeprefix(STANDARD_TAG) if tag.startswith(STANDARD_TAG) else tag
-
-
-def _plain(node: _Node, path: KeyPath, line: int, lines: dict[KeyPath, int], flaws: list[Flaw]) -> Any:
+def _plain(node: Node, path: KeyPath, line: int, lines: dict[KeyPath, int], flaws: list[Flaw]) -> Any:
     lines[path] = line
     if isinstance(node.value, dict):
         entries = node.value.items()
