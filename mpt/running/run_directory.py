@@ -1,0 +1,133 @@
+"""Every path inside a run directory, and writing that is whole or absent.
+
+The run directory is the only channel between supervisor and worker, and a contract that programs may rely on. It holds
+no absolute path that decides anything: moved or copied as a whole, a run goes on.
+"""
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpt.errors import StorageError
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptDirectory:
+    """The files of one attempt: what was planned, how it was started, what it said."""
+
+    path: Path
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def deepspeed(self) -> Path:
+        return self.path / "deepspeed.json"
+
+    @property
+    def command(self) -> Path:
+        return self.path / "command.txt"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "worker.log"
+
+    @property
+    def audit(self) -> Path:
+        return self.path / "audit.json"
+
+    @property
+    def stop(self) -> Path:
+        """A file that, by being there, asks every rank to stop at the next step boundary."""
+        return self.path / "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def machine(self) -> Path:
+        return self.path / "machine.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "lock"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def incidents(self) -> Path:
+        return self.path / "incidents"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def attempt(self, number: int) -> AttemptDirectory:
+        """Name the folder of an attempt, counted from 1."""
+        return AttemptDirectory(self.path / "attempts" / f"{number:03d}")
+
+    def attempt_numbers(self) -> list[int]:
+        """List the attempts that have a plan, oldest first."""
+        folders = self.path.joinpath("attempts").glob("[0-9]*/plan.json")
+        return sorted(int(plan.parent.name) for plan in folders)
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was begun here; an empty folder is none."""
+        return self.journal.exists()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole: a reader, or a kill at any moment, sees the old content or the new.
+
+    Raises StorageError where the folder can't be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        temporary = Path(name)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as error:
+        raise StorageError(
+            f"{path} can't be written: {error.strerror or error}",
+            remedy="Free space or mend permissions there, or choose another --runs-dir.",
+        ) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Make a folder's entries durable: a rename is on the disk only after this."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
