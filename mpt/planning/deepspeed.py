@@ -203,8 +203,8 @@ def _scheduler_note(arguments: Mapping[str, Any]) -> str:
     """
     schedule = _argument(arguments, "lr_scheduler_type")
     return (
-        f"no scheduler section: DeepSpeed's schedules lag one step behind transformers' {schedule}; the Trainer steps its "
-        "own"
+        f"no scheduler section: DeepSpeed's schedules lag one step behind transformers' {schedule}; the Trainer steps "
+        "its own"
     )
 
 

@@ -1,9 +1,8 @@
 """THE memory formulas: what one rank holds while it trains, and what the host holds under offload. Pure.
 
-Sources: model states by ZeRO stage, Rajbhandari et al. 2020 (arXiv:1910.02054), sections 3.1 and 5; activations, the
-method of Korthikanti et al. 2022 (arXiv:2205.05198), section 4, applied to the tensors that the modules of
-transformers save; buffers, the fields of deepspeed/runtime/zero/config.py and torch's DistributedDataParallel.
-`tests/training/test_memory.py` holds the formulas against torch's own accounting of real training steps.
+Sources: model states by ZeRO stage, Rajbhandari et al. 2020 (arXiv:1910.02054), sections 3.1 and 5; buffers, the fields
+of deepspeed/runtime/zero/config.py and torch's DistributedDataParallel; activations, `mpt.planning.activations`.
+`tests/training/test_memory.py` holds the whole against torch's own accounting of real training steps.
 
 A step has two peaks, and the estimate is the higher one: the turn from forward to backward (all activations and
 logits, and gradients only where they accumulate), and the optimizer step (all gradients, no activations). So the
@@ -11,24 +10,14 @@ parts, each at its own height, may add up to more than the peak. GiB is 2**30 by
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from mpt.planning.model_facts import ModelFacts
-from mpt.terms import Attention, Method, OffloadDevice, Strategy, Task
+from mpt.planning.activations import activation_bytes, autocast_cache_bytes, logits_bytes, passing_bytes
+from mpt.planning.workload import BYTES, Workload, trainable_parameters
+from mpt.terms import Method, OffloadDevice, Strategy
 
 GIB = 2**30
-
-# Bytes an element. 4-bit weights carry a constant for each block of 64; with double quantisation these are 8-bit, with
-# an fp32 constant for each 256 of them: 0.127 bits a weight (Dettmers et al. 2023, arXiv:2305.14314, section 3).
-BYTES: dict[str, float] = {
-    "fp32": 4.0,
-    "bf16": 2.0,
-    "fp16": 2.0,
-    "int8": 1.0,
-    "nf4": 0.5 + 0.127 / 8,
-    "fp4": 0.5 + 0.127 / 8,
-}
 
 # DeepSpeed's defaults, which `mpt.planning.deepspeed` leaves or writes (deepspeed/runtime/zero/config.py, 0.19.8).
 MAX_LIVE_PARAMETERS = 1_000_000_000
@@ -47,35 +36,6 @@ ALLOCATOR_SHARE_CPU = 0.25
 # A plan fits when its peak stays under this share of the memory: the driver and the operating system take theirs.
 USABLE_SHARE_GPU = 0.95
 USABLE_SHARE_CPU = 0.85
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """Everything that the memory of a rank depends on. Dtypes are "fp32", "bf16", "fp16", and "nf4", "fp4", "int8" for
-    frozen weights; `weights_dtype` is that of the base under adapters. `accumulates`: more than one micro batch a step.
-    """
-
-    facts: ModelFacts
-    method: Method
-    task: Task
-    strategy: Strategy
-    world_size: int
-    processes_per_node: int
-    on_cpu: bool
-    weights_dtype: str
-    gradient_dtype: str
-    grad_accum_dtype: str
-    optimizer_state_dtype: str
-    autocast_dtype: str | None
-    optimizer: str
-    attention: Attention
-    sequence_length: int
-    micro_batch_size: int = 1
-    accumulates: bool = False
-    gradient_checkpointing: bool = False
-    offload_optimizer: OffloadDevice = OffloadDevice.NONE
-    offload_parameters: OffloadDevice = OffloadDevice.NONE
-    lora_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +74,10 @@ def estimate_memory(
     communication = communication_bytes(work)
     cache = autocast_cache_bytes(work)
     kept, recomputed = activation_bytes(work)
+    passing = passing_bytes(work)
     logits = logits_bytes(work)
     resident = weights + optimizer + communication
-    turn = resident + cache + kept + max(logits, recomputed) + (gradients if work.accumulates else 0)
+    turn = resident + cache + kept + max(logits, recomputed + passing) + (gradients if work.accumulates else 0)
     step = resident + gradients + step_bytes(work)
     tensors = max(turn, step)
     if work.on_cpu:
@@ -127,7 +88,7 @@ def estimate_memory(
         "weights": weights,
         "gradients": gradients,
         "optimizer": optimizer,
-        "activations": kept + recomputed,
+        "activations": kept + recomputed + passing,
         "logits": logits,
         "autocast_cache": cache,
         "communication": communication,
@@ -162,19 +123,6 @@ def optimizer_bytes_per_parameter(optimizer: str, state_dtype: str = "fp32") -> 
     if name.endswith("8bit"):
         return states * 1.0
     return states * (0.5 if name.endswith("4bit") else BYTES[state_dtype])
-
-
-def trainable_parameters(work: Workload) -> int:
-    """Parameters with a gradient: all of them, or rank x (in + out) for each linear layer of the blocks (Hu et al.
-    2021).
-    """
-    if work.method is Method.FULL:
-        return work.facts.parameters
-    facts = work.facts
-    query, key_value = facts.attention_heads * facts.head_dim, facts.key_value_heads * facts.head_dim
-    shapes = [(facts.hidden_size, query), (query, facts.hidden_size)] + 2 * [(facts.hidden_size, key_value)]
-    shapes += (3 if facts.gated_mlp else 2) * [(facts.hidden_size, facts.intermediate_size)]
-    return facts.layers * work.lora_rank * sum(into + out for into, out in shapes)
 
 
 def weights_bytes(work: Workload) -> float:
@@ -244,73 +192,6 @@ def communication_bytes(work: Workload) -> float:
     return bucket
 
 
-def autocast_cache_bytes(work: Workload) -> float:
-    """16-bit copies of the fp32 weights that autocast keeps for the forward pass (ATen/autocast_mode.cpp,
-    cached_cast).
-    """
-    if work.autocast_dtype is None or work.weights_dtype != "fp32":
-        return 0.0
-    if work.strategy is Strategy.FSDP2:
-        return 0.0  # its mixed-precision policy gathers the 16-bit weights themselves
-    head = 0 if work.task is Task.SEQUENCE_CLASSIFICATION else work.facts.vocab_size * work.facts.hidden_size
-    return BYTES[work.autocast_dtype] * (work.facts.linear_parameters + head)
-
-
-def activation_bytes(work: Workload) -> tuple[float, float]:
-    """Bytes kept from forward to backward, and bytes that checkpointing computes anew, one block at a time."""
-    tokens = work.micro_batch_size * work.sequence_length
-    block = tokens * block_bytes_per_token(work)
-    residual = tokens * work.facts.hidden_size * (4 if _residual_is_fp32(work) else 2)
-    if work.gradient_checkpointing:
-        return work.facts.layers * residual + residual, block
-    return work.facts.layers * block + residual, 0.0
-
-
-def block_bytes_per_token(work: Workload) -> float:
-    """Bytes a token that one block saves for its backward pass.
-
-    Counted on transformers' modules: a norm saves its input, its normed value and its output; under autocast every
-    linear layer saves a 16-bit copy of its input of its own, for only weights are cached; attention saves q, k, v, its
-    output and, unless it is fused, the scores of every head; a gated feed-forward saves four tensors of its inner
-    width.
-    """
-    facts = work.facts
-    compute = 2 if _computes_in_half(work) else 4
-    hidden, inner = facts.hidden_size, facts.intermediate_size
-    query, key_value = facts.attention_heads * facts.head_dim, facts.key_value_heads * facts.head_dim
-    inputs = (3 if facts.gated_mlp or not facts.layer_norm else 1) + (2 if facts.gated_mlp else 1)
-    if work.autocast_dtype is not None and _residual_is_fp32(work):
-        saved_by_norms = 2 * (4 if facts.layer_norm else 8) * hidden + inputs * 2 * hidden
-    elif _computes_in_half(work):
-        saved_by_norms = 2 * (4 if facts.layer_norm else 8) * hidden
-    else:
-        saved_by_norms = 2 * (8 if facts.layer_norm else 12) * hidden
-    if work.method is not Method.FULL:
-        saved_by_norms += compute * (inputs * hidden + query + inner)  # each adapter saves its input once more
-    attention = compute * (2 * query + 2 * key_value)
-    if work.attention is Attention.EAGER:
-        attention += facts.attention_heads * work.sequence_length * (4 + compute)  # softmax in fp32, and its cast
-    if facts.gated_mlp:
-        feed_forward: float = compute * 4 * inner
-    elif facts.activation in ("gelu_new", "gelu_pytorch_tanh_python"):
-        # NewGELUActivation is made of single operations, of which pow runs in fp32 under CUDA's autocast.
-        feed_forward = (18 if work.autocast_dtype is not None else 5 * compute) * inner
-    else:
-        feed_forward = compute * 2 * inner
-    return saved_by_norms + attention + feed_forward
-
-
-def logits_bytes(work: Workload) -> float:
-    """Logits and their gradient: the loss is taken in fp32 (transformers/loss/loss_utils.py, ForCausalLMLoss), so that
-    a token holds its logits, their log-softmax and two gradients in fp32, and 16-bit logits where the model computes
-    so.
-    """
-    if work.task is Task.SEQUENCE_CLASSIFICATION:
-        return 0.0
-    tokens = work.micro_batch_size * work.sequence_length
-    return tokens * work.facts.vocab_size * (14 if _computes_in_half(work) else 12)
-
-
 def host_bytes(work: Workload) -> float:
     """Host memory a node for what is offloaded to the CPU, or for the swap buffers of what is offloaded to NVMe."""
     trained, ranks = trainable_parameters(work), work.processes_per_node
@@ -328,21 +209,7 @@ def host_bytes(work: Workload) -> float:
     return host
 
 
-def with_micro_batch(work: Workload, micro_batch_size: int, accumulates: bool) -> Workload:
-    """Ask about the same work with other batches."""
-    return replace(work, micro_batch_size=micro_batch_size, accumulates=accumulates)
-
-
 def _shards(work: Workload, stage: int) -> int:
     """Over how many ranks a tensor is divided that ZeRO divides from `stage` on; FSDP divides everything."""
     reached = work.strategy is Strategy.FSDP2 or (work.strategy.zero_stage or 0) >= stage
     return work.world_size if reached else 1
-
-
-def _computes_in_half(work: Workload) -> bool:
-    return work.autocast_dtype is not None or work.weights_dtype in ("bf16", "fp16")
-
-
-def _residual_is_fp32(work: Workload) -> bool:
-    """16-bit embeddings begin a 16-bit residual stream; peft casts those of a quantised model to fp32."""
-    return work.weights_dtype not in ("bf16", "fp16")

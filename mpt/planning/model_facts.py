@@ -71,6 +71,9 @@ class ModelFacts:
     gated_mlp: bool
     layer_norm: bool
     activation: str
+    query_key_norm: bool
+    attention_dropout: bool
+    hidden_dropout: bool
     checkpoint_dtype: str | None
     overflows_in_fp16: bool
     source: str

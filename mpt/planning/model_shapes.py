@@ -17,8 +17,7 @@ class Family:
     """What the models of one type have in common.
 
     `defaults` are those of the type's config class in transformers 5.23, under the names that the formulas read;
-    `names` maps such a name to the type's own. `norms` is the number of norms a block, `norm_bias` whether they carry
-    a bias. `key_norm` "head" (one scale a head dimension) or "" (no query and key norms).
+    `names` maps such a name to the type's own. `norms` counts the norms of a block.
     """
 
     defaults: Mapping[str, Any]
@@ -27,7 +26,7 @@ class Family:
     layer_norm: bool = False
     norms: int = 2
     query_bias: bool = False
-    key_norm: bool = False
+    query_key_norm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +49,9 @@ class Shape:
     gated_mlp: bool
     layer_norm: bool
     activation: str
+    query_key_norm: bool
+    attention_dropout: bool
+    hidden_dropout: bool
 
 
 _LLAMA = {
@@ -108,6 +110,8 @@ _GPT2 = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": True,
     "hidden_act": "gelu_new",
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
 }
 _GPT2_NAMES = {
     "hidden_size": "n_embd",
@@ -116,6 +120,8 @@ _GPT2_NAMES = {
     "num_attention_heads": "n_head",
     "max_position_embeddings": "n_positions",
     "hidden_act": "activation_function",
+    "attention_dropout": "attn_pdrop",
+    "hidden_dropout": "resid_pdrop",
 }
 _BERT = {
     "vocab_size": 30522,
@@ -127,13 +133,16 @@ _BERT = {
     "type_vocab_size": 2,
     "tie_word_embeddings": True,
     "hidden_act": "gelu",
+    "attention_dropout": 0.1,
+    "hidden_dropout": 0.1,
 }
+_BERT_NAMES = {"attention_dropout": "attention_probs_dropout_prob", "hidden_dropout": "hidden_dropout_prob"}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(_LLAMA),
     "mistral": Family(_MISTRAL),
     "qwen2": Family(_QWEN, query_bias=True),
-    "qwen3": Family(_QWEN | {"head_dim": 128}, key_norm=True),
+    "qwen3": Family(_QWEN | {"head_dim": 128}, query_key_norm=True),
     "gemma": Family(_GEMMA),
     "gemma2": Family(_GEMMA2, names={"hidden_act": "hidden_activation"}, norms=4),
     "phi3": Family(
@@ -141,7 +150,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family(_GPT_NEOX, gated_mlp=False, layer_norm=True),
     "gpt2": Family(_GPT2, names=_GPT2_NAMES, gated_mlp=False, layer_norm=True),
-    "bert": Family(_BERT, gated_mlp=False, layer_norm=True),
+    "bert": Family(_BERT, names=_BERT_NAMES, gated_mlp=False, layer_norm=True),
 }
 # Keys that would add modules or parameters which the formulas do not count.
 UNCOUNTED = ("add_cross_attention", "is_encoder_decoder", "num_experts", "num_local_experts", "text_config")
@@ -174,7 +183,7 @@ def shape_of(config: Mapping[str, Any], task: Task, vocab_size: int | None = Non
     query, key_value = heads * head_dim, key_value_heads * head_dim
     weights = hidden * (query + 2 * key_value) + query * hidden + (3 if family.gated_mlp else 2) * hidden * inner
     rest = _biases(kind, family, read, query, key_value, hidden, inner)
-    rest += family.norms * (2 if family.layer_norm else 1) * hidden + (2 * head_dim if family.key_norm else 0)
+    rest += family.norms * (2 if family.layer_norm else 1) * hidden + (2 * head_dim if family.query_key_norm else 0)
     block = weights + rest
     embeddings, around = _around_the_blocks(kind, read, task, hidden, vocab, tied, config)
     return Shape(
@@ -194,6 +203,9 @@ def shape_of(config: Mapping[str, Any], task: Task, vocab_size: int | None = Non
         gated_mlp=family.gated_mlp,
         layer_norm=family.layer_norm,
         activation=str(read("hidden_act")),
+        query_key_norm=family.query_key_norm,
+        attention_dropout=bool(read("attention_dropout")),
+        hidden_dropout=bool(read("hidden_dropout")),
     )
 
 

@@ -23,9 +23,10 @@ from mpt.hardware.machine import Machine
 from mpt.planning.batching import AskedBatch, Batch, accumulation_for, choose_batch, possible_micro_batches
 from mpt.planning.contradictions import asked_offload, check_asked, choose_processes, method_of, optimizer_of
 from mpt.planning.decision import Decision, Origin, Rejected
-from mpt.planning.memory import MemoryEstimate, Workload, estimate_memory, with_micro_batch
+from mpt.planning.memory import MemoryEstimate, estimate_memory
 from mpt.planning.model_facts import ModelFacts
 from mpt.planning.number_formats import choose_number_formats
+from mpt.planning.workload import Workload, with_micro_batch
 from mpt.recipe.schema import OffloadSection, Recipe
 from mpt.terms import Attention, DeviceKind, Method, OffloadDevice, Precision, Strategy
 
