@@ -10,6 +10,7 @@ import inspect
 import json
 import re
 import sys
+import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
@@ -25,20 +26,21 @@ def to_json(value: object) -> str:
 
 def training_argument_types(annotation: Any) -> tuple[list[str], list[str] | None]:
     """Turn a field's annotation into JSON type names, and the choices where it is an enumeration."""
-    types: list[str] = []
+    names: list[str] = []
     choices: list[str] | None = None
-    for part in typing.get_args(annotation) or (annotation,):
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    for part in typing.get_args(annotation) if is_union else (annotation,):
         origin = typing.get_origin(part)
         if isinstance(part, type) and issubclass(part, enum.Enum):
             choices = [str(member.value) for member in part]
-            types.append("string")
+            names.append("string")
         elif origin is list:
-            types.append("array")
+            names.append("array")
         elif origin is dict or part is dict:
-            types.append("object")
+            names.append("object")
         elif part in JSON_TYPES:
-            types.append(JSON_TYPES[part])
-    return sorted(set(types)), choices
+            names.append(JSON_TYPES[part])
+    return sorted(set(names)), choices
 
 
 def training_arguments() -> dict[str, str]:
@@ -67,7 +69,13 @@ def training_arguments() -> dict[str, str]:
     return {"mpt/recipe/training_arguments.json": to_json(made)}
 
 
-MAKERS: tuple[Callable[[], dict[str, str]], ...] = (training_arguments,)
+def recipe_schema() -> dict[str, str]:
+    from mpt.recipe.json_schema import recipe_schema
+
+    return {"configs/recipe.schema.json": to_json(recipe_schema())}
+
+
+MAKERS: tuple[Callable[[], dict[str, str]], ...] = (training_arguments, recipe_schema)
 
 
 def main() -> int:

@@ -35,17 +35,34 @@ def list_recipes() -> list[CatalogEntry]:
     return entries
 
 
+def find_built_in(name: str) -> Path:
+    """Find a built-in recipe by its name; raises RecipeError with the names that are near."""
+    built_in = {found.stem: found for found in recipes_directory().glob("*.yaml")}
+    if name in built_in:
+        return built_in[name]
+    near = get_close_matches(Path(name).name.removesuffix(".yaml").removesuffix(".yml"), sorted(built_in), n=3)
+    suggestion = f"did you mean {' or '.join(near)}?" if near else f"built in are {', '.join(sorted(built_in))}"
+    raise RecipeError([RecipeProblem(name, None, "", "there is no built-in recipe of that name", suggestion)])
+
+
 def find_recipe(name_or_path: str) -> Path:
     """Find a recipe by its path or by the name of a built-in one; a file that exists wins. Raises RecipeError."""
     path = Path(name_or_path)
-    if path.is_file():
-        return path
-    built_in = {found.stem: found for found in recipes_directory().glob("*.yaml")}
-    if name_or_path in built_in:
-        return built_in[name_or_path]
-    if path.exists():
-        return path
-    near = get_close_matches(path.name.removesuffix(".yaml").removesuffix(".yml"), sorted(built_in), n=3)
-    suggestion = f"did you mean {' or '.join(near)}?" if near else f"built in are {', '.join(sorted(built_in))}"
+    try:
+        if path.is_file():
+            return path
+        return find_built_in(name_or_path)
+    except RecipeError as error:
+        if path.exists():
+            return path
+        suggestion = error.problems[0].suggestion
+    except OSError as error:
+        suggestion = f"check the path: {error.strerror}"
     problem = "there is no such file and no built-in recipe of that name"
     raise RecipeError([RecipeProblem(name_or_path, None, "", problem, suggestion)])
+
+
+def copied_text(path: Path) -> str:
+    """Give a recipe's text without the editor's line, whose relative path holds only where the recipe came from."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("# yaml-language-server:"))
