@@ -1,5 +1,5 @@
-"""Read text: the built-in corpus, files, hub data sets. Every source becomes a table of `datasets` with one column, `text`,
-a document a row.
+"""Read text: the built-in corpus, files, hub data sets. Every source becomes a `datasets` table, a document a row, with
+one column, `text`.
 
 Reading is left to `datasets`; only when it fails are the files read again here, to say which line of which file is
 wrong. Called by `mpt.training.data`.

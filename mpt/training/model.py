@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from mpt.errors import MptError, UnsupportedError
 from mpt.planning.plan import Plan
@@ -31,7 +32,7 @@ def build_causal_lm(plan: Plan, tokenizer: PreTrainedTokenizerBase, *, seed: int
     section = plan.recipe.model
     set_seed(seed)
     try:
-        model = _from_config(plan, section, tokenizer) if section.config else _from_checkpoint(plan, section)
+        model = _from_config(plan, section, tokenizer, seed) if section.config else _from_checkpoint(plan, section)
     except ImportError as error:  # transformers' word for an attention kernel or a quantiser that is not installed
         raise UnsupportedError(
             " ".join(str(error).split())[:400], remedy="Install what is missing, or ask for `attention: sdpa`."
@@ -45,17 +46,46 @@ def build_causal_lm(plan: Plan, tokenizer: PreTrainedTokenizerBase, *, seed: int
     return model
 
 
-def _from_config(plan: Plan, section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _from_config(plan: Plan, section: ModelSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     config = to_config(section.config or {}, vocab_size=plan.facts.vocab_size)
     given = section.config or {}
     for key in ("bos_token_id", "eos_token_id"):
         if key not in given:
             setattr(config, key, getattr(tokenizer, key))
-    # Weights from scratch always begin in fp32 draws, so that every precision starts from the same numbers.
-    model = AutoModelForCausalLM.from_config(
+    # Weights from scratch always begin as fp32 draws, so that every precision starts from the same numbers.
+    model = _drawn(config, plan)
+    if hf_deepspeed.is_deepspeed_zero3_enabled():
+        _share_draws(model, config, plan, seed)
+    return model.to(DTYPES[plan.value("weights_dtype")]) if plan.deepspeed is None else model
+
+
+def _drawn(config: Any, plan: Plan) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(
         config, dtype=torch.float32, attn_implementation=plan.value("attention"), trust_remote_code=False
     )
-    return model.to(DTYPES[plan.value("weights_dtype")]) if plan.deepspeed is None else model
+
+
+def _share_draws(model: PreTrainedModel, config: Any, plan: Plan, seed: int) -> None:
+    """Give a model that ZeRO-3 has divided the weights that the same seed gives without ZeRO-3.
+
+    transformers draws divided weights in another order. Rank 0 draws them whole, in host memory, and hands them out.
+    """
+    import deepspeed
+
+    active = hf_deepspeed._hf_deepspeed_config_weak_ref()
+    is_source = deepspeed.comm.get_rank() == 0
+    whole: dict[str, torch.Tensor] = {}
+    if is_source:
+        hf_deepspeed.unset_hf_deepspeed_config()
+        try:
+            set_seed(seed)
+            whole = dict(_drawn(config, plan).named_parameters())
+        finally:
+            hf_deepspeed.set_hf_deepspeed_config(active)
+    for name, weight in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+            if is_source:
+                weight.data.copy_(whole[name].data)
 
 
 def to_config(given: dict[str, Any], *, vocab_size: int) -> Any:

@@ -79,7 +79,8 @@ def save_final(folder: Path, model: Any, tokenizer: Any, state_dict: dict[str, t
     for leftover in (staging, old):
         shutil.rmtree(leftover, ignore_errors=True)
     with storage_errors(folder):
-        model.save_pretrained(str(staging), state_dict=state_dict)
+        # save_pretrained empties the dictionary that it is given.
+        model.save_pretrained(str(staging), state_dict=None if state_dict is None else dict(state_dict))
         tokenizer.save_pretrained(str(staging))
         if state_dict is not None:
             _name_dtype(staging, state_dict)

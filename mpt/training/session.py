@@ -125,6 +125,8 @@ def build_arguments(plan: Plan, run: RunDirectory) -> TrainingArguments:
             f"training: transformers refuses these keys: {' '.join(str(error).split())[:500]}",
             remedy="Mend the keys of the recipe's `training:` block that the message names.",
         ) from error
+    if plan.deepspeed is not None:
+        _join_deepspeed()
     if plan.machine.kind is DeviceKind.CUDA and plan.machine.all_compute(Feature.TF32):
         # What stays fp32 beside 16-bit matrix multiplications may use TF32; an fp32 run means fp32.
         enable_tf32(plan.value("precision") != Precision.FP32)
@@ -200,6 +202,15 @@ def _stand_alone_rendezvous() -> None:
         port = probe.getsockname()[1]
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(place)
+
+
+def _join_deepspeed() -> None:
+    """Let DeepSpeed know the process group before it divides a model; on a CPU transformers leaves that out."""
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    backend = get_accelerator().communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def _no_barrier() -> None:

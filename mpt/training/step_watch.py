@@ -51,7 +51,7 @@ class StepWatch:
         self.device = device
         self.stop_agreed = False
         self.step: Step | None = None
-        self._metrics = os.open(metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644) if self.is_writer else -1
+        self._metrics = _open_metrics(metrics) if self.is_writer else -1
         self._losses: list[torch.Tensor] = []
         self._tokens: list[torch.Tensor | int] = []
         self._number = 0
@@ -172,6 +172,15 @@ def memory_high_water_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def _open_metrics(path: Path) -> int:
+    """Open for appending, on a new line where a kill tore the last one."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        os.write(descriptor, b"\n")
+    return descriptor
 
 
 def _spelt(value: Any) -> Any:

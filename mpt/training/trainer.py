@@ -1,5 +1,5 @@
-"""The Trainer of Hugging Face with hooks, and no loop of our own: bad numbers stop before the optimizer step, checkpoints
-are staged and committed, metrics are written each step, a stop is agreed on by all ranks.
+"""The Trainer of Hugging Face with hooks, and no loop of our own: bad numbers stop before the optimizer step,
+checkpoints are staged and committed, metrics are written each step, a stop is agreed on by all ranks.
 """
 
 import math
@@ -250,8 +250,8 @@ class WatchedEngine(DeepSpeedEngineWrapper):
     """DeepSpeed's optimizer step happens inside `backward`: look before it, and at its own verdict after it.
 
     Every ZeRO stage checks the gradient norm before it updates (deepspeed 0.19.8, `step` in zero/stage_1_and_2.py,
-    zero/stage3.py and bf16_optimizer.py): with a non-finite one the update is left out and `was_step_applied()` is False.
-    In fp16 that is loss scaling at work; in bf16 and fp32 it is the end.
+    zero/stage3.py and bf16_optimizer.py): with a non-finite one the update is left out and `was_step_applied()` is
+    False. In fp16 that is loss scaling at work; in bf16 and fp32 it is the end.
     """
 
     def __init__(self, engine: Any, trainer: PlanTrainer) -> None:
