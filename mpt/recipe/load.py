@@ -66,7 +66,7 @@ def _not_a_map(document: Document) -> Flaw:
     suggestion = "write at least `model:` and `data:`; `mpt recipes show quickstart` shows a whole recipe"
     if document.value is None:
         return Flaw((), "holds no keys", suggestion, 1)
-    return Flaw((), f"must be a map of keys (got {show(document.value)})", suggestion)
+    return Flaw((), f"must be a map of keys (got {show(document.value)})", suggestion, document.lines[()])
 
 
 def _judge(values: dict[str, Any]) -> tuple[Recipe | None, list[Flaw]]:

@@ -56,7 +56,7 @@ def to_flaws(errors: Sequence[ErrorDetails], values: Mapping[str, Any]) -> list[
         rules = [error for error in group if error["type"] == "value_error"]
         has_deeper = any(len(other) > len(path) and other[: len(path)] == path for other in by_path)
         if rules:
-            flaws += [_rule(path, error) for error in rules]
+            flaws += [_rule(path, error, _value_at(values, path)) for error in rules]
         elif group[0]["type"] == "extra_forbidden":
             section, key = ".".join(map(str, path[:-1])), str(path[-1])
             flaws.append(Flaw(path, *suggest_key(section, key)))
@@ -107,10 +107,12 @@ def _value_at(values: Any, path: KeyPath) -> Any:
     return values
 
 
-def _rule(path: KeyPath, error: ErrorDetails) -> Flaw:
-    """Split a validator's `problem; suggestion`."""
+def _rule(path: KeyPath, error: ErrorDetails, section: Any) -> Flaw:
+    """Split a validator's `problem; suggestion`. A problem that begins with a key of its section is that key's."""
     problem, _, suggestion = str(error["ctx"]["error"]).rpartition("; ")
-    return Flaw(path, problem, suggestion)
+    first = problem.split()[0].rstrip(",:")
+    is_key = isinstance(section, dict) and first in section
+    return Flaw((*path, first) if is_key else path, problem, suggestion)
 
 
 def _wrong_value(path: KeyPath, group: list[ErrorDetails], value: Any) -> Flaw:

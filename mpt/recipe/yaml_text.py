@@ -18,6 +18,7 @@ SYNTAX = (
     ("could not find expected ':'", "a line without `: `", "write `key: value`"),
     ("did not find expected key", "the indentation or a bracket does not fit", "indent the keys of one map alike"),
     ("expected <block end>", "the indentation or a bracket does not fit", "indent the keys of one map alike"),
+    ("did not find expected ','", "a bracket is opened and never closed, or a comma is missing", "close the bracket"),
     ("unexpected end of stream", "a quote is opened and never closed", "close the quote"),
     ("undefined alias", "an alias without an anchor", "define it above with `&name`"),
 )
@@ -82,6 +83,8 @@ def _syntax_error(error: yaml.YAMLError, text: str) -> UnreadableError:
     said = getattr(error, "problem", None) or str(error)
     for words, problem, suggestion in SYNTAX:
         if words in said:
+            if "never closed" in problem and getattr(error, "context_mark", None):
+                line = error.context_mark.line + 1  # type: ignore[attr-defined]
             return UnreadableError(problem, suggestion, line)
     return UnreadableError(f"is not YAML: {said}", "put text that holds any of : # [ ] { } @ ` in quotes", line)
 
