@@ -27,7 +27,8 @@ def optimizer_of(recipe: Recipe) -> str:
 def asked_offload(recipe: Recipe) -> OffloadSection | None:
     """Spell out the offload that the recipe asks for; None where it leaves the choice.
 
-    Raises MptError for `offload: nvme`, which lacks the directory.
+    The short form `offload: cpu` moves all that the strategy can move: optimizer states, and parameters unless the
+    recipe asks for zero1 or zero2. Raises MptError for `offload: nvme`, which lacks the directory.
     """
     asked = recipe.offload
     if asked == "auto":
@@ -39,7 +40,10 @@ def asked_offload(recipe: Recipe) -> OffloadSection | None:
             "offload: nvme does not say where the drive is",
             remedy="Write `offload: {optimizer: nvme, parameters: nvme, nvme_path: /a/directory/on/it}`.",
         )
-    return OffloadSection(optimizer=OffloadDevice(asked), parameters=OffloadDevice(asked))
+    keeps_parameters = recipe.distributed.strategy in (Strategy.ZERO1, Strategy.ZERO2)
+    return OffloadSection(
+        optimizer=OffloadDevice(asked), parameters=OffloadDevice.NONE if keeps_parameters else OffloadDevice(asked)
+    )
 
 
 def choose_processes(recipe: Recipe, machine: Machine) -> tuple[Decision[int], Decision[int]]:

@@ -13,8 +13,9 @@ from typing import Any
 
 from mpt.errors import MptError
 from mpt.planning.model_facts import ModelFacts
+from mpt.planning.number_formats import SIXTEEN_BIT
 from mpt.recipe.training_keys import training_arguments as trainer_defaults
-from mpt.terms import DeviceKind, OffloadDevice, Strategy
+from mpt.terms import DeviceKind, OffloadDevice, Precision, Strategy
 
 TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 STEPS_PER_PRINT = 1_000_000_000  # never: mpt has its own metrics
@@ -67,16 +68,16 @@ def to_deepspeed(
 
 
 def _number_formats(values: Mapping[str, Any]) -> dict[str, Any]:
-    weights, accumulation = values["weights_dtype"], values["grad_accum_dtype"]
-    if accumulation not in ("fp32", weights):
+    computes, accumulation = SIXTEEN_BIT.get(Precision(values["precision"]), "fp32"), values["grad_accum_dtype"]
+    if accumulation not in ("fp32", computes):
         raise MptError(
-            f"precision.grad_accum_dtype is {accumulation}, and DeepSpeed holds {weights} weights",
-            remedy=f"Ask for fp32 or {weights}, or leave grad_accum_dtype out.",
+            f"precision.grad_accum_dtype is {accumulation}, and DeepSpeed computes gradients in {computes}",
+            remedy=f"Ask for fp32 or {computes}, or leave grad_accum_dtype out.",
         )
     blocks: dict[str, Any] = {}
-    if weights == "fp16":
+    if computes == "fp16":
         blocks["fp16"] = _fp16(values["loss_scale"])
-    elif weights == "bf16":
+    elif computes == "bf16":
         # A step whose gradients are not finite is skipped, as under fp16: the weights stay whole.
         blocks["bf16"] = {"enabled": True, "check_grad_overflow": True}
     # DeepSpeed's own default for both is the 16-bit type of the weights.

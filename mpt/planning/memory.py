@@ -4,16 +4,23 @@ Sources: model states by ZeRO stage, Rajbhandari et al. 2020 (arXiv:1910.02054),
 of deepspeed/runtime/zero/config.py and torch's DistributedDataParallel; activations, `mpt.planning.activations`.
 `tests/training/test_memory.py` holds the whole against torch's own accounting of real training steps.
 
-A step has two peaks, and the estimate is the higher one: the turn from forward to backward (all activations and
-logits, and gradients only where they accumulate), and the optimizer step (all gradients, no activations). So the
-parts, each at its own height, may add up to more than the peak. GiB is 2**30 bytes.
+A step has three peaks, and the estimate is the highest: the turn from forward to backward (all activations and logits,
+and gradients only where they accumulate), the last block of the backward pass (all gradients, one block's
+activations), and the optimizer step. So the parts, each at its own height, may add up to more than the peak.
+GiB is 2**30 bytes.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mpt.planning.activations import activation_bytes, autocast_cache_bytes, logits_bytes, passing_bytes
+from mpt.planning.activations import (
+    activation_bytes,
+    autocast_cache_bytes,
+    block_bytes_per_token,
+    logits_bytes,
+    passing_bytes,
+)
 from mpt.planning.workload import BYTES, Workload, trainable_parameters
 from mpt.terms import Method, OffloadDevice, Strategy
 
@@ -78,8 +85,9 @@ def estimate_memory(
     logits = logits_bytes(work)
     resident = weights + optimizer + communication
     turn = resident + cache + kept + max(logits, recomputed + passing) + (gradients if work.accumulates else 0)
+    last_block = resident + gradients + work.tokens * block_bytes_per_token(work) + passing
     step = resident + gradients + step_bytes(work)
-    tensors = max(turn, step)
+    tensors = max(turn, last_block, step)
     if work.on_cpu:
         overhead = CPU_PROCESS + ALLOCATOR_SHARE_CPU * tensors
     else:
