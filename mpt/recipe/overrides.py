@@ -6,6 +6,7 @@ from typing import Any
 
 from mpt.errors import RecipeProblem
 from mpt.recipe.schema import SHORT_FORMS
+from mpt.recipe.suggestions import sections
 from mpt.recipe.yaml_text import read_yaml
 from mpt.recipe.yaml_tree import MAX_DEPTH, Flaw
 
@@ -40,7 +41,8 @@ def read_override(argument: str) -> tuple[Override | None, list[RecipeProblem]]:
 
 
 def apply_override(values: dict[str, Any], override: Override) -> list[RecipeProblem]:
-    """Set the value in place, making the maps on the way to it; a map replaces what stood there."""
+    """Set the value in place, making the maps on the way to it. A map replaces what stood there, and null takes a key
+    of the schema away, back to its default."""
     here = values
     for depth, part in enumerate(override.path[:-1], start=1):
         below: Any = here.get(part)
@@ -53,7 +55,11 @@ def apply_override(values: dict[str, Any], override: Override) -> list[RecipePro
             return [_problem(override.argument, flaw.path, flaw.problem, flaw.suggestion)]
         here[part] = below
         here = below
-    here[override.path[-1]] = override.value
+    section, key = sections().get(".".join(override.path[:-1])), override.path[-1]
+    if override.value is None and section is not None and key in section.model_fields:
+        here.pop(key, None)
+    else:
+        here[key] = override.value
     return []
 
 

@@ -127,6 +127,8 @@ def _wrong_value(path: KeyPath, group: list[ErrorDetails], value: Any) -> Flaw:
     listed = f"one of {len(choices)} words that `mpt schema` lists" if len(choices) > MANY else ", ".join(choices)
     allowed = " or ".join(filter(None, [listed, *words]))
     suggestion = _mend(value, choices, words) or (keys_of(section) if section in sections() else f"write {allowed}")
+    if group[0]["type"] in LIMITS:
+        suggestion = f"write a number that is {allowed}"
     return Flaw(path, f"must be {allowed} (got {show(value)})", suggestion)
 
 

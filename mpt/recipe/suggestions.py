@@ -132,9 +132,9 @@ def suggest_missing(section: str, key: str) -> str:
 
 
 def keys_of(section: str) -> str:
-    """Show a section as a map with its first keys."""
+    """Show a section as a map with its first key, and name the others."""
     names = list(sections()[section].model_fields)
+    if section == "training":
+        return "write `training: {learning_rate: 2e-5}`; its keys are those of transformers.TrainingArguments"
     first = SHORT_FORMS.get(section, names[0])
-    return f"write `{section}: {{{first}: ...}}`; its keys are {', '.join(names[:12])}" + (
-        ", ..." if len(names) > 12 else ""
-    )
+    return f"write `{section.rpartition('.')[2]}: {{{first}: ...}}`; its keys are {', '.join(names)}"

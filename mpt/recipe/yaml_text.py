@@ -81,6 +81,8 @@ def _syntax_error(error: yaml.YAMLError, text: str) -> UnreadableError:
     if any(re.match(r" *\t", one) for one in near):
         return UnreadableError("a tab in the indentation", "indent with spaces", line)
     said = getattr(error, "problem", None) or str(error)
+    if "mapping values are not allowed" in said and line and len(re.findall(r":(?:\s|$)", lines[line - 1])) < 2:
+        return UnreadableError("is indented deeper than the line above allows", "indent keys of one map alike", line)
     for words, problem, suggestion in SYNTAX:
         if words in said:
             if "never closed" in problem and getattr(error, "context_mark", None):
@@ -98,7 +100,7 @@ def _plain(node: Node, path: KeyPath, line: int, lines: dict[KeyPath, int], flaw
         return [_plain(child, (*path, i), child.line, lines, flaws) for i, child in enumerate(node.value)]
     if node.is_left_out and path:
         flaws.append(
-            Flaw(path, "has no value", "write one; `{}` gives a section its defaults, `null` leaves it out", line)
+            Flaw(path, "has no value", "write one, or remove the line; `{}` gives a section its defaults", line)
         )
     if isinstance(node.value, float) and not abs(node.value) < float("inf"):
         flaws.append(Flaw(path, f"{node.text} is not a finite number", "write a number that a float can hold", line))

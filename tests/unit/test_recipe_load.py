@@ -140,6 +140,8 @@ def test_aliases_do_not_stack_up_beyond_the_depth(folder: Path) -> None:
         (b"model: gpt2\ndata: [a, b\n", 2, "bracket"),
         (b'model: "gpt2\ndata: a\n', 1, "quote"),
         (b"model: gpt2: large\n", 1, "second `: `"),
+        (b"model: gpt2\n data: a\n", 2, "indented"),
+        (b"model: gpt2\ntraining:\n  seed: 1\n    optim: sgd\n", 4, "indented"),
         (b"model: gpt2\ndata a.txt\nname: x\n", 3, "`: `"),
         (b"model: *nowhere\n", 1, "no anchor"),
         (b"model: &m [*m]\n", 1, "contains itself"),
@@ -378,6 +380,14 @@ def test_a_map_in_an_override_replaces_what_stood_there(folder: Path) -> None:
 def test_the_later_override_wins_and_null_leaves_a_key_out(folder: Path) -> None:
     recipe = load(folder, MINIMAL + "lora: {rank: 4}\n", "global_batch_size=8", "global_batch_size=16", "lora=null")
     assert (recipe.global_batch_size, recipe.lora) == (16, None)
+
+
+def test_null_takes_a_key_back_to_its_default(folder: Path) -> None:
+    text = MINIMAL + "precision: fp16\ntraining: {seed: 1, max_steps: 5}\n"
+    recipe = load(folder, text, "precision=null", "training.seed=null", "training.optim=null")
+    assert (recipe.precision.mode, recipe.training_keys) == ("auto", {"max_steps": 5})
+    assert only(folder, text, "data=null").file == "data=null"
+    assert only(folder, text, "zorgle=null").key == "zorgle"
 
 
 def test_an_override_mends_what_the_file_has_wrong(folder: Path) -> None:
