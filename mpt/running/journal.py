@@ -1,5 +1,5 @@
-"""The journal of a run: one JSON object a line, appended whole and fsynced, so that whatever is killed whenever, what was
-written is there. A torn last line is skipped by the reader; damage before it is an error.
+"""The journal of a run: one JSON object a line, appended whole and fsynced, so that whatever is killed whenever, what
+was written is there. A torn last line is skipped by the reader; damage before it is an error.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Tie a process to its parent's life: when the parent dies, however it dies, the kernel kills the child.
 
-`die_with_parent()` for a process of ours, `python -m mpt.running.tie -- COMMAND ...` for somebody else's (torchrun). Linux
-only; elsewhere both do nothing but run.
+`die_with_parent()` for a process of ours, `python -m mpt.running.tie PARENT -- COMMAND ...` for somebody else's (torchrun).
+Linux only; elsewhere both do nothing but run.
 """
 
 import ctypes
@@ -30,12 +30,13 @@ def die_with_parent() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Become COMMAND, tied to the parent of this process."""
-    command = arguments[1:] if arguments[:1] == ["--"] else arguments
-    if not command:
-        sys.exit("usage: python -m mpt.running.tie -- COMMAND [ARGUMENT ...]")
+    """Become COMMAND, tied to the process PARENT, which started this one."""
+    if len(arguments) < 3 or not arguments[0].isdecimal() or arguments[1] != "--":
+        sys.exit("usage: python -m mpt.running.tie PARENT -- COMMAND [ARGUMENT ...]")
     die_with_parent()
-    os.execvp(command[0], command)
+    if os.getppid() != int(arguments[0]):
+        sys.exit("the parent died before this process was tied to it")
+    os.execvp(arguments[2], arguments[2:])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,150 @@
+"""`mpt train`: plan, explain, carry out."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mpt.planning.plan import Plan
+    from mpt.running.recovery import Stop
+    from mpt.running.run_directory import RunDirectory
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in recipe.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value, over the recipe's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the run; the recipe's otherwise.")] = None,
+    runs_dir: Annotated[Path, typer.Option(help="Where runs are kept.")] = Path("runs"),
+    machine: Annotated[
+        str | None,
+        typer.Option(help="Plan for this machine: `cpu` keeps off the GPUs; one that is not here needs --dry-run."),
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on with a run that exists; never: begin anew; or the name of a checkpoint.")
+    ] = "auto",
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on with a run though the recipe's values changed.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")] = False,
+) -> None:
+    """Train a recipe, or go on with a run that was interrupted."""
+    from mpt.cli.plan import make_plan
+    from mpt.planning.engines import check_trainable
+    from mpt.planning.explain import explain_short
+
+    plan = make_plan(recipe, overrides or [], machine, name)
+    if dry_run:
+        _print_dry_run(plan, as_json)
+        return
+    for subject, sentence in explain_short(plan):
+        print(f"{subject:<13} {sentence}", file=sys.stderr)
+    for note in (*plan.machine.notes, *plan.deepspeed_notes):
+        print(f"note: {note}", file=sys.stderr)
+    check_trainable(plan)
+    _check_machine(plan, machine)
+    _check_packages(plan)
+
+    from mpt.running.run_directory import RunDirectory
+
+    run = RunDirectory(runs_dir / plan.name)
+    verdict = _carry_out(plan, run, resume, accept_changes)
+    _report(run, verdict, as_json)
+    if verdict is not None:
+        raise typer.Exit(verdict.exit_code)
+
+
+def _print_dry_run(plan: "Plan", as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(plan.to_json(), indent=2))
+        return
+    from mpt.reporting.plan_table import print_plan
+
+    print_plan(plan)
+
+
+def _check_machine(plan: "Plan", asked: str | None) -> None:
+    """Refuse to train on a machine that is only named: its plan is for --dry-run."""
+    from mpt.errors import UnsupportedError
+
+    if asked is None or plan.machine.is_cpu:
+        return
+    import os
+
+    from mpt.hardware.detect import detect_machine
+
+    here = detect_machine(os.environ)
+    planned = sorted((device.name, device.compute_capability) for device in plan.machine.devices)
+    if plan.machine.nodes == 1 and planned == sorted((d.name, d.compute_capability) for d in here.devices):
+        return
+    raise UnsupportedError(
+        f"--machine {asked} is not this machine, which is {here.label}",
+        remedy="Add --dry-run to see its plan, or leave --machine out to train here.",
+    )
+
+
+def _check_packages(plan: "Plan") -> None:
+    from mpt.errors import UnsupportedError
+    from mpt.hardware.packages import installed_packages
+
+    extras = {"torch": "train", "transformers": "train", "accelerate": "train", "datasets": "train"}
+    if plan.deepspeed is not None:
+        extras["deepspeed"] = "deepspeed"
+    missing = sorted(set(extras) - installed_packages())
+    if missing:
+        raise UnsupportedError(
+            f"training needs packages that are not installed: {', '.join(missing)}",
+            remedy=f"pip install 'mpt[{','.join(sorted({extras[package] for package in missing}))}]'",
+        )
+
+
+def _carry_out(plan: "Plan", run: "RunDirectory", resume: str, accept_changes: bool) -> "Stop | None":
+    """Open the run and supervise it; None where it had finished before."""
+    from mpt.reporting.live import live_view
+    from mpt.running.opening import opened
+    from mpt.running.supervisor import listening, supervise
+
+    with listening() as wish, opened(plan, run, resume=resume, accept_changes=accept_changes) as found:
+        for note in found.notes:
+            print(note, file=sys.stderr)
+        if found.finished:
+            print(f"{run.path} has finished before; --resume never trains it anew", file=sys.stderr)
+            return None
+        if found.start_from is not None:
+            print(f"going on in {run.path} from {found.start_from.path.name}", file=sys.stderr)
+        with live_view() as view:
+            return supervise(plan, run, view, wish, start_from=found.start_from)
+
+
+def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
+    from mpt.reporting.summary import last_sample, summarise
+    from mpt.running.recovery import Outcome
+
+    summary = summarise(run)
+    if as_json:
+        print(json.dumps(summary))
+    if verdict is None or verdict.outcome is Outcome.FINISHED:
+        sample = last_sample(run)
+        if sample is not None:
+            print(f"\n{sample['prompt']}{sample['text']}\n", file=sys.stderr)
+        losses = [
+            f"{what} loss {summary[key]:.4f}"
+            for what, key in (("train", "train_loss"), ("evaluation", "eval_loss"))
+            if isinstance(summary[key], float)
+        ]
+        print(f"{summary['steps']} steps: {', '.join(losses)}", file=sys.stderr)
+        print(f"the model is in {run.final}", file=sys.stderr)
+        return
+    numbers = run.attempt_numbers()
+    log = run.attempt(numbers[-1]).log if numbers else run.path
+    word = "error" if verdict.outcome is not Outcome.STOPPED else "stopped"
+    print(f"{word}: {verdict.reason}", file=sys.stderr)
+    if verdict.remedy:
+        print(f"  {verdict.remedy}", file=sys.stderr)
+    if verdict.outcome is Outcome.STOPPED:
+        print("  The same command goes on from there.", file=sys.stderr)
+    else:
+        print(f"  The full log is {log}", file=sys.stderr)

@@ -1,0 +1,105 @@
+"""What to do after an attempt has ended: a pure function of how it ended and of what was tried."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from mpt.errors import ExitCode
+
+# Another try would end the same way.
+FINAL_FAILURES = (
+    ExitCode.USAGE,
+    ExitCode.UNSUPPORTED,
+    ExitCode.STORAGE,
+    ExitCode.NO_USABLE_CHECKPOINT,
+    ExitCode.OUT_OF_MEMORY,
+)
+MAX_BACKOFF_S = 60.0
+
+
+class Outcome(StrEnum):
+    """How a run ends."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    DIVERGED = "diverged"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How an attempt ended. `word` is its last word in the journal, None where it died without one; the return code is
+    a hint only, because torchrun turns every cause into 1. `stop_signal` is what the user sent, None where nothing."""
+
+    word: dict[str, Any] | None
+    return_code: int
+    stop_signal: int | None = None
+    has_checkpoint: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Try again from the newest checkpoint, after a pause."""
+
+    reason: str
+    after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The run is over."""
+
+    outcome: Outcome
+    exit_code: ExitCode
+    reason: str
+    remedy: str = ""
+
+
+def decide(ended: Ended, restarts: int, max_restarts: int) -> Restart | Stop:
+    """Judge an ended attempt after `restarts` earlier restarts."""
+    word = ended.word
+    if word is not None and word["kind"] == "finished":
+        return Stop(Outcome.FINISHED, ExitCode.DONE, f"finished at step {word['step']}")
+    if word is not None and word["kind"] == "stopped":
+        return Stop(Outcome.STOPPED, ExitCode.STOPPED, f"stopped at step {word['step']}, saved {word['checkpoint']}")
+    if word is not None and word["kind"] == "diverged":
+        return Stop(
+            Outcome.DIVERGED,
+            ExitCode.DIVERGED,
+            f"{word['what']} was {word['value']} at step {word['step']}; the update was not made",
+            "Lower training.learning_rate, lengthen training.warmup_steps, or take a precision with more range; the "
+            "checkpoints before it are sound.",
+        )
+    if word is not None and word["exit_code"] in FINAL_FAILURES:
+        return Stop(Outcome.FAILED, ExitCode(word["exit_code"]), word["problem"], word["remedy"])
+    if ended.stop_signal is not None:
+        return _interrupted(ended)
+    cause = _cause(ended)
+    if restarts >= max_restarts:
+        return Stop(
+            Outcome.FAILED,
+            ExitCode.NO_PROGRESS,
+            f"{cause}; {_times(restarts)} restarted, and restart.max_restarts is {max_restarts}",
+            "See the log. The same command goes on from the last checkpoint.",
+        )
+    return Restart(cause, 0.0 if restarts == 0 else min(MAX_BACKOFF_S, 2.0 ** (restarts - 1)))
+
+
+def _interrupted(ended: Ended) -> Stop:
+    code = ExitCode.INTERRUPTED if ended.stop_signal == 2 else ExitCode.TERMINATED
+    kept = "the last checkpoint is intact" if ended.has_checkpoint else "there is no checkpoint yet"
+    return Stop(
+        Outcome.STOPPED, code, f"ended at once, as asked; {kept}", "The same command goes on from where it can."
+    )
+
+
+def _cause(ended: Ended) -> str:
+    if ended.word is not None:
+        return str(ended.word["problem"])
+    if ended.return_code < 0:
+        return f"the worker was killed by signal {-ended.return_code}"
+    return f"the worker died without a last word (exit status {ended.return_code})"
+
+
+def _times(restarts: int) -> str:
+    return {0: "not", 1: "once", 2: "twice"}.get(restarts, f"{restarts} times")
