@@ -52,7 +52,7 @@ class Audit:
         self.checks: list[dict[str, Any]] = []
         self._seen_in_forward: dict[str, Any] = {}
         self._remove_hook: Callable[[], None] | None = None
-        self._before_done = self._after_done = False
+        self._before_done = self._after_done = self._reported = False
 
     def after_set_up(self, trainer: "PlanTrainer") -> None:
         """Look at model, engine, optimizer and device; no step has been made."""
@@ -102,15 +102,18 @@ class Audit:
         self._judge()
 
     def after_first_step(self, trainer: "PlanTrainer") -> None:
-        """Look at the optimizer's state, which exists only now, and write the report."""
-        if self._after_done or trainer.watch.step is None or trainer.watch.step.skipped:
+        """Look at the optimizer's state, which exists only now, and write the report.
+
+        A first step that loss scaling skipped has none: then the state is looked at after the first that was not.
+        """
+        if self._after_done:
             return
-        self._after_done = True
         state = _optimizer_state(trainer)
+        self._after_done = bool(state) or trainer.watch.step is None or not trainer.watch.step.skipped
         if state:
             self._compare("optimizer_state_dtype", [self.plan.value("optimizer_state_dtype")], _dtypes(state))
         self._judge()
-        if self.is_writer:
+        if self.is_writer and (self._after_done or not self._reported):
             self._write(passed=True)
 
     def _device(self, trainer: "PlanTrainer") -> None:
@@ -195,7 +198,9 @@ class Audit:
 
     def _write(self, *, passed: bool) -> None:
         write_atomically(self.report, json.dumps({"passed": passed, "checks": self.checks}, indent=2) + "\n")
-        self.journal.append("audit", passed=passed)
+        if not self._reported or not passed:
+            self.journal.append("audit", passed=passed)
+        self._reported = True
 
 
 def _strategy(trainer: "PlanTrainer", engine: Any) -> str:

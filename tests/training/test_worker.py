@@ -1,0 +1,304 @@
+"""What one training process does with a plan."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mpt.running import checkpoints
+from tests.training.tiny_runs import FP16, LLAMA, Run, continue_from
+
+pytestmark = pytest.mark.slow
+MakeRun = Callable[..., Run]
+
+
+def equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_loss_falls_and_the_last_word_says_where_it_ended(fp32_run: Run) -> None:
+    losses = [row["loss"] for row in fp32_run.steps.values()]
+    word = fp32_run.last_word()
+    assert losses[-1] < losses[0] - 0.3
+    assert word["kind"] == "finished"
+    assert word["step"] == 8
+    assert word["train_loss"] == pytest.approx(sum(losses) / 8)
+    assert losses[-1] - 0.3 < word["eval_loss"] < losses[0]
+    assert fp32_run.texts("audit", "passed") == [True]
+    assert fp32_run.texts("phase", "phase")[:4] == ["imports", "data", "model", "setup"]
+    assert len(fp32_run.texts("sample", "text")) == 1
+
+
+def test_a_metrics_row_says_what_a_step_was(fp32_run: Run) -> None:
+    row = fp32_run.steps[8]
+    assert row["tokens"] == 8 * 64
+    assert row["learning_rate"] == pytest.approx(3e-3 / 8)  # the one that step 8 used, of a linear decay over 8
+    assert (row["loss_scale"], row["skipped"], row["attempt"]) == (None, False, 1)
+    assert 0 < row["grad_norm"] < 10
+    assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["step_time_s"])
+    assert 0.1 < row["memory_gib"] < 8
+
+
+def test_the_final_model_loads_with_plain_from_pretrained_and_is_what_was_trained(fp32_run: Run) -> None:
+    final = fp32_run.directory.final
+    model = AutoModelForCausalLM.from_pretrained(final)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert model.dtype == torch.float32
+    assert tokenizer.decode(tokenizer("def f(x): return x")["input_ids"]) == "def f(x): return x"
+    # The end of text pads, and it must go on learning when somebody fine-tunes this model.
+    assert model.get_input_embeddings().padding_idx is None
+    assert equal(fp32_run.weights(), fp32_run.weights(fp32_run.directory.checkpoints / "checkpoint-8"))
+
+
+def test_every_checkpoint_is_committed_and_plain_trainer_finds_its_way_in_it(fp32_run: Run) -> None:
+    names = fp32_run.texts("checkpoint_saved", "name")
+    assert names == ["checkpoint-4", "checkpoint-8"]
+    for name in names:
+        folder = fp32_run.directory.checkpoints / name
+        assert checkpoints.verify(folder) is None
+        assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= {
+            p.name for p in folder.iterdir()
+        }
+    assert sorted(p.name for p in fp32_run.directory.checkpoints.iterdir()) == names
+
+
+def test_bf16_computes_in_bf16_and_keeps_fp32_weights(new_run: MakeRun, fp32_run: Run) -> None:
+    run = new_run(precision="bf16")
+    assert run.train() == 0, run.log()
+    found = run.audit()
+    assert (found["precision"], found["autocast_dtype"]) == ("bf16", "bf16")
+    assert found["weights_dtype"] == found["gradient_dtype"] == found["optimizer_state_dtype"] == ["fp32"]
+    assert run.steps[8]["loss"] == pytest.approx(fp32_run.steps[8]["loss"], rel=0.01)  # 8 bits of mantissa
+    assert run.steps[8]["loss"] != fp32_run.steps[8]["loss"]
+
+
+def test_fp16_is_really_fp16_and_its_loss_scale_skips_steps_until_it_fits(fp16_run: Run, fp32_run: Run) -> None:
+    found = fp16_run.audit()
+    assert (found["precision"], found["autocast_dtype"], found["loss_scale"]) == ("fp16", "fp16", 2.0**27)
+    rows = list(fp16_run.steps.values())
+    skipped = [row["step"] for row in rows if row["skipped"]]
+    assert skipped and skipped == list(range(1, len(skipped) + 1))
+    for before, after in pairwise(rows):
+        if before["skipped"]:
+            assert after["loss_scale"] == before["loss_scale"] / 2
+            assert after["learning_rate"] == before["learning_rate"]  # a skipped step is none of the schedule's
+    assert fp16_run.texts("step_skipped", "step") == skipped
+    assert rows[0]["loss"] == pytest.approx(fp32_run.steps[1]["loss"], rel=1e-3)
+    assert rows[0]["loss"] != fp32_run.steps[1]["loss"]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_the_knobs_of_the_loss_scale_reach_the_scaler(new_run: MakeRun) -> None:
+    knobs = {"initial": 1024.0, "growth_factor": 4.0, "backoff_factor": 0.25, "growth_interval": 2}
+    run = new_run(precision=FP16 | {"loss_scale": knobs})
+    assert run.train() == 0, run.log()
+    assert [row["loss_scale"] for row in run.steps.values()] == [1024, 1024, 4096, 4096, 16384, 16384, 65536, 65536]
+
+
+def test_a_static_loss_scale_stays(new_run: MakeRun) -> None:
+    run = new_run(precision=FP16 | {"loss_scale": {"static": 256.0}})
+    assert run.train() == 0, run.log()
+    assert {row["loss_scale"] for row in run.steps.values()} == {256.0}
+
+
+def test_a_static_loss_scale_that_always_overflows_ends_the_run(new_run: MakeRun) -> None:
+    run = new_run(precision=FP16 | {"loss_scale": {"static": 2.0**40}}, training={"max_steps": 40})
+    assert run.train() == 81
+    assert run.last_word() | {"time": ""} == run.last_word() | {"what": "loss_scale", "value": 2.0**40, "time": ""}
+    assert all(row["skipped"] for row in run.steps.values())
+
+
+DROPOUT = {"config": LLAMA | {"attention_dropout": 0.1}}
+RESUMES: dict[str, dict[str, Any]] = {
+    "fp32 with dropout, and an evaluation between": {
+        "model": DROPOUT,
+        "training": {"eval_strategy": "steps", "eval_steps": 3},
+    },
+    "bf16 with accumulation": {"precision": "bf16", "gradient_accumulation_steps": 3},
+    "fp16 while the scale moves": {"precision": FP16 | {"loss_scale": {"initial": 2.0**26, "growth_interval": 2}}},
+    "bf16_pure": {"precision": "bf16_pure"},
+    "at the end of an epoch, evaluated": {
+        "model": DROPOUT,
+        "data": {"eval_fraction": 0.9},
+        "micro_batch_size": 32,
+        "gradient_accumulation_steps": 3,
+        "training": {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch"},
+    },
+    "padded, with checkpointed activations": {
+        "data": {"packing": False},
+        "gradient_checkpointing": True,
+        "training": {"gradient_checkpointing": True},
+    },
+}
+
+
+@pytest.mark.parametrize("name", RESUMES)
+def test_a_run_that_was_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(name: str, new_run: MakeRun) -> None:
+    whole = new_run(**RESUMES[name])
+    assert whole.train() == 0, whole.log()
+    resumed = continue_from(whole, "checkpoint-4", new_run)
+    assert len(whole.trajectory) == 8
+    assert resumed.trajectory == whole.trajectory
+    assert equal(resumed.weights(), whole.weights())
+    first, second = whole.last_word(1), resumed.last_word(2)
+    assert (first["train_loss"], first["eval_loss"]) == (second["train_loss"], second["eval_loss"])
+
+
+def test_resuming_at_the_last_step_trains_no_further_and_makes_the_final_model(fp32_run: Run, new_run: MakeRun) -> None:
+    resumed = continue_from(fp32_run, "checkpoint-8", new_run)
+    assert resumed.last_word(2)["step"] == 8
+    assert equal(resumed.weights(), fp32_run.weights())
+
+
+def test_a_run_directory_that_was_moved_goes_on_and_loads_its_best_checkpoint(new_run: MakeRun, tmp_path: Path) -> None:
+    keys = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
+    run = new_run(training=keys | {"load_best_model_at_end": True, "learning_rate": 0.3, "warmup_steps": 2})
+    assert run.train() == 0, run.log()
+    state = json.loads((run.directory.checkpoints / "checkpoint-8" / "trainer_state.json").read_text())
+    losses = {row["step"]: row["eval_loss"] for row in state["log_history"] if "eval_loss" in row}
+    best = min(losses, key=losses.__getitem__)
+    assert state["best_model_checkpoint"] == f"checkpoint-{best}"
+    # Of all others only the newest is kept.
+    assert {p.name for p in run.directory.checkpoints.iterdir()} == {f"checkpoint-{best}", "checkpoint-8"}
+    assert equal(run.weights(), run.weights(run.directory.checkpoints / f"checkpoint-{best}"))
+    assert run.last_word()["eval_loss"] == pytest.approx(losses[best])
+
+    moved = new_run()
+    moved.recipe = run.recipe
+    moved.path.rmdir()
+    shutil.move(run.path, moved.path)
+    assert moved.train(2, "checkpoint-8") == 0, moved.log(2)
+    assert moved.last_word(2)["eval_loss"] == pytest.approx(losses[best])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(new_run: MakeRun) -> None:
+    run = new_run(training={"learning_rate": 1e30, "max_grad_norm": 0.0, "save_steps": 1})
+    assert run.train() == 81, run.log()
+    word = run.last_word()
+    assert word["kind"] == "diverged"
+    assert word["what"] in ("loss", "grad_norm", "weights")
+    assert not math.isfinite(float(word["value"]))
+    assert run.texts("non_finite", "step") == [word["step"]]
+    for folder in run.directory.checkpoints.glob("checkpoint-*"):
+        assert all(tensor.isfinite().all() for tensor in run.weights(folder).values())
+    assert not run.directory.final.exists()
+
+
+def test_weights_that_are_poisoned_already_stop_the_run_at_its_first_step(
+    fp32_run: Run, new_run: MakeRun, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(fp32_run.directory.final)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 5] = math.nan
+    model.save_pretrained(tmp_path / "poisoned")
+    AutoTokenizer.from_pretrained(fp32_run.directory.final).save_pretrained(tmp_path / "poisoned")
+    run = new_run(model=str(tmp_path / "poisoned"), tokenizer=None)
+    assert run.train() == 81, run.log()
+    word = run.last_word()
+    assert (word["kind"], word["step"], word["what"], word["value"]) == ("diverged", 1, "loss", "nan")
+    assert list(run.directory.checkpoints.iterdir()) == []
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", ["stop file", "SIGTERM"])
+def test_a_stop_saves_at_the_next_step_and_the_run_goes_on_as_if_it_had_not_been(how: str, new_run: MakeRun) -> None:
+    whole = new_run(training={"max_steps": 150, "save_steps": 1000})
+    whole.prepare()
+    process = whole.start()
+    wait_for(lambda: whole.directory.metrics.exists() and len(whole.steps) >= 3)
+    os.kill(process.pid, signal.SIGINT)  # Ctrl-C is the supervisor's
+    if how == "SIGTERM":
+        os.kill(process.pid, signal.SIGTERM)
+    else:
+        whole.directory.attempt(1).stop.touch()
+    assert process.wait(timeout=60) == 80, whole.log()
+    word = whole.last_word()
+    assert word["kind"] == "stopped"
+    assert 3 <= word["step"] < 150
+    assert whole.texts("stop_requested", "by") == [how]
+    assert checkpoints.verify(whole.directory.checkpoints / word["checkpoint"]) is None
+    assert max(whole.steps) == word["step"]
+    whole.directory.attempt(1).stop.unlink(missing_ok=True)
+    assert whole.train(2, word["checkpoint"]) == 0, whole.log(2)
+    assert sorted(whole.steps) == list(range(1, 151))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {"config": LLAMA | {"hiden_size": 32}}}, ["hiden_size", "did you mean hidden_size"]),
+        ({"data": {"source": "nowhere.txt"}}, ["nowhere.txt does not exist"]),
+        (
+            {"training": {"eval_strategy": "steps", "load_best_model_at_end": True, "eval_steps": 3}},
+            ["transformers refuses"],
+        ),
+        ({"data": {"sequence_length": 64, "eval_fraction": 0.999}}, ["less than one block"]),
+    ],
+)
+def test_a_mistake_in_the_recipe_ends_with_exit_code_2_and_a_remedy(
+    changes: dict[str, Any], words: list[str], new_run: MakeRun, tmp_path: Path
+) -> None:
+    if "eval_fraction" in str(changes):
+        text = tmp_path / "short.txt"
+        text.write_text("too short\n")
+        changes = {"data": {"source": str(text)}}
+    run = new_run(**changes)
+    assert run.train() == 2, run.log()
+    word = run.last_word()
+    assert (word["kind"], word["exit_code"]) == ("failed", 2)
+    assert all(part in word["problem"] for part in words), word
+    assert word["remedy"]
+
+
+def test_a_plan_for_another_machine_is_refused_before_a_step_is_made(new_run: MakeRun) -> None:
+    run = new_run()
+    run.prepare()
+    plan = json.loads(run.directory.attempt(1).plan.read_text())
+    plan["values"]["weights_dtype"]["value"] = "bf16"  # as if the model had been meant to be loaded so
+    plan["values"]["optimizer_state_dtype"]["value"] = "bf16"
+    plan["values"]["gradient_dtype"]["value"] = "fp32"
+    run.directory.attempt(1).plan.write_text(json.dumps(plan))
+    assert run.start().wait(timeout=120) == 3, run.log()
+    word = run.last_word()
+    assert "gradient_dtype: planned ['fp32'], found ['bf16']" in word["problem"]
+    assert run.texts("audit", "passed") == [False]
+    assert not run.directory.metrics.exists() or not run.steps
+
+
+def test_a_bug_keeps_its_traceback_in_the_log_and_is_called_a_bug(new_run: MakeRun) -> None:
+    run = new_run()
+    run.prepare()
+    plan = json.loads(run.directory.attempt(1).plan.read_text())
+    del plan["values"]["sequence_length"]
+    run.directory.attempt(1).plan.write_text(json.dumps(plan))
+    assert run.start().wait(timeout=120) == 1
+    assert run.last_word()["problem"] == "KeyError: 'sequence_length'"
+    assert "Traceback" in run.log()
+
+
+def test_a_checkpoint_that_has_no_room_ends_the_run_as_a_storage_error(new_run: MakeRun) -> None:
+    run = new_run()
+    run.prepare()
+    command = f"ulimit -f 600; exec {' '.join(run.command())}"  # 600 KiB a file; optimizer.pt takes twice that
+    log = run.directory.attempt(1).log
+    environment = " ".join(["env", "OMP_NUM_THREADS=1", "HF_HUB_OFFLINE=1"])
+    code = os.waitstatus_to_exitcode(os.system(f"trap '' XFSZ; {environment} bash -c '{command}' > {log} 2>&1"))
+    assert code == 83, run.log()
+    assert run.last_word()["exit_code"] == 83
+    assert not list(run.directory.checkpoints.glob("checkpoint-*"))
