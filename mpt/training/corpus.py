@@ -33,6 +33,9 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 
+FILL = "Remove it from data.source, or fill it."
+BUILDING_FAILED = (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid, ValueError, OSError)
+
 
 def read_corpus(section: DataSection, source: str | list[str], *, split: str) -> datasets.Dataset:
     """Read every document of `source`; `split` is for hub data sets.
@@ -123,15 +126,11 @@ def _read_files(paths: Sequence[Path], text_column: str) -> datasets.Dataset:
     column = TEXT if builder == "text" else text_column
     try:
         table = datasets.load_dataset(builder, data_files=[str(path) for path in paths], split="train", **options)
-    except (
-        datasets.exceptions.DatasetGenerationError,
-        UnicodeDecodeError,
-        pa.ArrowInvalid,
-        ValueError,
-        OSError,
-    ) as error:
+    except (*BUILDING_FAILED, StopIteration) as error:
         for path in paths:
             _explain(path, column)
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
+            raise MptError(f"{_named([str(path) for path in paths])} is empty: it has no rows", remedy=FILL) from error
         cause = error.__cause__ or error
         raise MptError(
             f"{_named([str(path) for path in paths])} can't be read: {_one_line(cause)}",
@@ -180,6 +179,14 @@ def _text_only(table: datasets.Dataset, column: str, source: str, paths: Sequenc
             f"{source}: column {column} holds {kind}, not text",
             remedy="Name the column of the text with data.text_column.",
         )
+    try:  # pyarrow's JSON and Parquet readers let bytes through that are no UTF-8
+        table.data.column(column).validate(full=True)
+    except pa.ArrowInvalid as error:
+        for path in paths:
+            _explain(path, column)
+        raise MptError(
+            f"{source}: column {column} is not UTF-8", remedy="Write the file anew with its text in UTF-8."
+        ) from error
     nulls = table.data.column(column).null_count
     if nulls:
         for path in paths:
@@ -214,7 +221,7 @@ def _explain(path: Path, column: str) -> None:
     if path.suffix.lower() == ".parquet":
         return
     if not raw.strip():
-        raise MptError(f"{path} is empty", remedy="Remove it from data.source, or fill it.")
+        raise MptError(f"{path} is empty", remedy=FILL)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -130,7 +130,7 @@ RESUMES: dict[str, dict[str, Any]] = {
     "at the end of an epoch, evaluated": {
         "model": DROPOUT,
         "data": {"eval_fraction": 0.9},
-        "micro_batch_size": 32,
+        "micro_batch_size": 24,
         "gradient_accumulation_steps": 3,
         "training": {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch"},
     },
