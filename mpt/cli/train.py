@@ -1,6 +1,7 @@
 """`mpt train`: plan, explain, carry out."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,24 +34,20 @@ def train(
 ) -> None:
     """Train a recipe, or go on with a run that was interrupted."""
     from mpt.cli.plan import make_plan
-    from mpt.planning.engines import check_trainable
-    from mpt.planning.explain import explain_short
 
     plan = make_plan(recipe, overrides or [], machine, name)
     if dry_run:
         _print_dry_run(plan, as_json)
         return
-    for subject, sentence in explain_short(plan):
-        print(f"{subject:<13} {sentence}", file=sys.stderr)
-    for note in (*plan.machine.notes, *plan.deepspeed_notes):
-        print(f"note: {note}", file=sys.stderr)
-    check_trainable(plan)
+
+    from mpt.planning.engines import check_trainable
+    from mpt.running.opening import locate
+
+    run = locate(runs_dir, plan.name)
     _check_machine(plan, machine)
+    _explain(plan)
+    check_trainable(plan)
     _check_packages(plan)
-
-    from mpt.running.run_directory import RunDirectory
-
-    run = RunDirectory(runs_dir / plan.name)
     verdict = _carry_out(plan, run, resume, accept_changes)
     _report(run, verdict, as_json)
     if verdict is not None:
@@ -66,16 +63,22 @@ def _print_dry_run(plan: "Plan", as_json: bool) -> None:
     print_plan(plan)
 
 
+def _explain(plan: "Plan") -> None:
+    from mpt.planning.explain import explain_short
+
+    for subject, sentence in explain_short(plan):
+        _say(f"{subject:<13} {sentence}")
+    for note in (*plan.machine.notes, *plan.deepspeed_notes):
+        _say(f"note: {note}")
+
+
 def _check_machine(plan: "Plan", asked: str | None) -> None:
     """Refuse to train on a machine that is only named: its plan is for --dry-run."""
     from mpt.errors import UnsupportedError
-
-    if asked is None or plan.machine.is_cpu:
-        return
-    import os
-
     from mpt.hardware.detect import detect_machine
 
+    if asked is None or (plan.machine.is_cpu and plan.machine.nodes == 1):
+        return
     here = detect_machine(os.environ)
     planned = sorted((device.name, device.compute_capability) for device in plan.machine.devices)
     if plan.machine.nodes == 1 and planned == sorted((d.name, d.compute_capability) for d in here.devices):
@@ -105,18 +108,20 @@ def _carry_out(plan: "Plan", run: "RunDirectory", resume: str, accept_changes: b
     """Open the run and supervise it; None where it had finished before."""
     from mpt.reporting.live import live_view
     from mpt.running.opening import opened
-    from mpt.running.supervisor import listening, supervise
+    from mpt.running.signals import listening
+    from mpt.running.supervisor import supervise
 
     with listening() as wish, opened(plan, run, resume=resume, accept_changes=accept_changes) as found:
         for note in found.notes:
-            print(note, file=sys.stderr)
+            _say(note)
         if found.finished:
-            print(f"{run.path} has finished before; --resume never trains it anew", file=sys.stderr)
+            _say(f"{run.path} has finished before; --resume never trains it anew")
             return None
         if found.start_from is not None:
-            print(f"going on in {run.path} from {found.start_from.path.name}", file=sys.stderr)
+            _say(f"going on in {run.path} from {found.start_from.path.name}")
+        wish.is_immediate = False
         with live_view() as view:
-            return supervise(plan, run, view, wish, start_from=found.start_from)
+            return supervise(plan, run, view, wish, os.environ, start_from=found.start_from)
 
 
 def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
@@ -125,26 +130,46 @@ def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
 
     summary = summarise(run)
     if as_json:
-        print(json.dumps(summary))
-    if verdict is None or verdict.outcome is Outcome.FINISHED:
-        sample = last_sample(run)
-        if sample is not None:
-            print(f"\n{sample['prompt']}{sample['text']}\n", file=sys.stderr)
-        losses = [
-            f"{what} loss {summary[key]:.4f}"
-            for what, key in (("train", "train_loss"), ("evaluation", "eval_loss"))
-            if isinstance(summary[key], float)
-        ]
-        print(f"{summary['steps']} steps: {', '.join(losses)}", file=sys.stderr)
-        print(f"the model is in {run.final}", file=sys.stderr)
+        print(json.dumps(summary), flush=True)
+    if verdict is not None and verdict.outcome is not Outcome.FINISHED:
+        _report_unfinished(run, verdict)
         return
-    numbers = run.attempt_numbers()
-    log = run.attempt(numbers[-1]).log if numbers else run.path
-    word = "error" if verdict.outcome is not Outcome.STOPPED else "stopped"
-    print(f"{word}: {verdict.reason}", file=sys.stderr)
-    if verdict.remedy:
-        print(f"  {verdict.remedy}", file=sys.stderr)
+    sample = last_sample(run)
+    if sample is not None:
+        # A model may generate what would steer the terminal.
+        text = "".join(c for c in f"{sample['prompt']}{sample['text']}" if c.isprintable() or c in "\n\t")
+        _say(f"\n{text}\n")
+    named = (("train", summary["train_loss"]), ("evaluation", summary["eval_loss"]))
+    losses = [f"{what} loss {loss:.4f}" for what, loss in named if isinstance(loss, float)]
+    _say(f"{summary['steps']} steps: {', '.join(losses) or 'no loss'}")
+    _say(f"the model is in {run.final}")
+
+
+def _report_unfinished(run: "RunDirectory", verdict: "Stop") -> None:
+    from mpt.errors import ExitCode
+    from mpt.reporting.summary import last_log_lines
+    from mpt.running.recovery import Outcome
+
     if verdict.outcome is Outcome.STOPPED:
-        print("  The same command goes on from there.", file=sys.stderr)
-    else:
-        print(f"  The full log is {log}", file=sys.stderr)
+        _say(f"stopped: {verdict.reason}")
+        _say(f"  {verdict.remedy}")
+        return
+    _say(f"error: {verdict.reason}")
+    if verdict.remedy:
+        _say(f"  {verdict.remedy}")
+    numbers = run.attempt_numbers()
+    if not numbers:
+        return
+    log = run.attempt(numbers[-1]).log
+    if verdict.exit_code in (ExitCode.NO_PROGRESS, ExitCode.HUNG, ExitCode.BUG):
+        for line in last_log_lines(log):
+            _say(f"  | {line}")
+    _say(f"  The full log is {log}")
+
+
+def _say(text: str) -> None:
+    """Print to stderr, if somebody still listens: the run's outcome is worth more than its report."""
+    from contextlib import suppress
+
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

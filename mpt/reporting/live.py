@@ -1,14 +1,18 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere. Fed by the supervisor."""
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines elsewhere."""
 
 import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import IO, Any, cast
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from mpt.running.supervisor import View
 
 # Without a terminal: a line at least this often, so that a log shows life and stays short.
 PLAIN_EVERY_S = 10.0
@@ -17,6 +21,7 @@ PHASES = {
     "data": "preparing data",
     "model": "building the model",
     "setup": "setting up",
+    "compiling": "compiling DeepSpeed's operators (first run only, minutes)",
     "training": "training",
     "evaluating": "evaluating",
     "saving": "saving",
@@ -24,98 +29,129 @@ PHASES = {
 }
 
 
-class LiveView(Protocol):
-    def attempt(self, number: int, resume_from: str | None) -> None: ...
-
-    def event(self, event: Mapping[str, Any]) -> None: ...
-
-    def row(self, row: Mapping[str, Any]) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
 @contextmanager
-def live_view() -> Iterator[LiveView]:
-    """Give the view that fits stderr: a bar on a terminal, lines otherwise."""
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        yield PlainView()
+def live_view(stream: IO[str] | None = None) -> Iterator[View]:
+    """Give the view that fits `stream` (stderr): a bar on a terminal, lines otherwise."""
+    screen = Screen(sys.stderr if stream is None else stream)
+    console = Console(file=cast(IO[str], screen), highlight=False)
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield PlainView(screen)
         return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
-        yield BarView(progress)
+    view = BarView(console)
+    with Live(view.picture, console=console, transient=True, redirect_stdout=False, redirect_stderr=False):
+        yield view
+
+
+class Screen:
+    """A text stream that may be taken away: a closed terminal or pipe must not end the training that it showed."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._is_there = True
+
+    def write(self, text: str) -> int:
+        if self._is_there:
+            try:
+                self._stream.write(text)
+            except (OSError, ValueError):
+                self._is_there = False
+        return len(text)
+
+    def flush(self) -> None:
+        if self._is_there:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._is_there = False
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return str(getattr(self._stream, "encoding", "utf-8"))
 
 
 class PlainView:
-    """One line at a time on stderr."""
+    """One line at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
         self._max_steps: int | None = None
+        self._is_first = True
         self._printed_at = -math.inf
 
     def attempt(self, number: int, resume_from: str | None) -> None:
+        self._is_first = True
         if number > 1 or resume_from:
-            self._print(f"attempt {number}, from {resume_from or 'the beginning'}")
+            self.note(f"attempt {number}, from {resume_from or 'the beginning'}")
 
     def event(self, event: Mapping[str, Any]) -> None:
         if event["kind"] == "training_started":
-            self._max_steps = event["max_steps"]
+            self._max_steps = event.get("max_steps")
         text = describe(event)
         if text is not None:
-            self._print(text)
+            self.note(text)
 
     def row(self, row: Mapping[str, Any]) -> None:
         if "loss" not in row:
             return
         now = time.monotonic()
-        is_last = row["step"] == self._max_steps
-        if row["step"] == 1 or is_last or now - self._printed_at >= PLAIN_EVERY_S:
-            self._printed_at = now
+        is_due = self._is_first or row["step"] == self._max_steps or now - self._printed_at >= PLAIN_EVERY_S
+        if is_due:
+            self._is_first, self._printed_at = False, now
             of = f"/{self._max_steps}" if self._max_steps else ""
-            self._print(f"step {row['step']}{of}  {figures(row)}")
+            self.note(f"step {row['step']}{of}  {figures(row)}")
 
     def note(self, text: str) -> None:
-        self._print(text)
-
-    def _print(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        self._screen.write(f"{text}\n")
+        self._screen.flush()
 
 
 class BarView:
-    """A progress bar with the figures of the newest step under it; what happens once scrolls by above."""
+    """A progress bar with the newest step's figures under it; what happens once scrolls by above."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._bar: TaskID = progress.add_task("starting", total=None)
-        self._figures: TaskID | None = None
-        self._phase = "starting"
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._figures = Text("", no_wrap=True, overflow="ellipsis")
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            expand=True,
+        )
+        self._bar: TaskID = self._bars.add_task("starting", total=None)
+        self.picture = Group(self._bars, self._figures)
 
     def attempt(self, number: int, resume_from: str | None) -> None:
+        self._bars.reset(self._bar, total=None, description="starting")
         if number > 1 or resume_from:
             self.note(f"attempt {number}, from {resume_from or 'the beginning'}")
 
     def event(self, event: Mapping[str, Any]) -> None:
         if event["kind"] == "phase":
-            self._progress.update(self._bar, description=PHASES.get(event["phase"], event["phase"]))
+            phase = str(event.get("phase"))
+            self._bars.update(self._bar, description=PHASES.get(phase, phase))
             return
         if event["kind"] == "training_started":
-            self._progress.update(self._bar, total=event["max_steps"], completed=event["step"])
+            # The speed is that of this attempt: the steps before it are no work of its own.
+            self._bars.reset(self._bar, total=event.get("max_steps"), completed=event["step"], description="training")
         text = describe(event)
         if text is not None:
             self.note(text)
 
     def row(self, row: Mapping[str, Any]) -> None:
         if "loss" in row:
-            self._progress.update(self._bar, completed=row["step"], description=f"training  {figures(row)}")
+            self._bars.update(self._bar, completed=row["step"], description="training")
+            self._figures.plain = figures(row)
 
     def note(self, text: str) -> None:
-        self._progress.console.print(text, soft_wrap=True)
+        self._console.print(text, soft_wrap=True, markup=False)
 
 
 def figures(row: Mapping[str, Any]) -> str:
@@ -125,14 +161,14 @@ def figures(row: Mapping[str, Any]) -> str:
     ...          "loss_scale": 65536.0, "memory_gib": 0.8123, "skipped": False})
     'loss 4.123  lr 2.0e-03  norm 1.50  scale 65536  5123 tok/s  0.8 GiB'
     """
-    parts = [f"loss {number(row['loss'], '.3f')}", f"lr {number(row['learning_rate'], '.1e')}"]
-    if row.get("grad_norm") is not None:
-        parts.append(f"norm {number(row['grad_norm'], '.2f')}")
-    if row.get("loss_scale") is not None:
-        parts.append(f"scale {number(row['loss_scale'], 'g')}")
+    parts = [f"loss {number(row['loss'], '.3f')}"]
+    for key, word, form in (("learning_rate", "lr", ".1e"), ("grad_norm", "norm", ".2f"), ("loss_scale", "scale", "g")):
+        if row.get(key) is not None:
+            parts.append(f"{word} {number(row[key], form)}")
     if row.get("skipped"):
         parts.append("SKIPPED")
-    parts.append(f"{number(row['tokens_per_second'], '.0f')} tok/s")
+    if row.get("tokens_per_second") is not None:
+        parts.append(f"{number(row['tokens_per_second'], '.0f')} tok/s")
     if row.get("memory_gib") is not None:
         parts.append(f"{number(row['memory_gib'], '.1f')} GiB")
     return "  ".join(parts)
@@ -149,24 +185,25 @@ def number(value: Any, form: str) -> str:
 
 def describe(event: Mapping[str, Any]) -> str | None:
     """Say an event in words; None for those that are not for people."""
+    at = f"step {event.get('step')}"
     match event["kind"]:
         case "notice":
-            return str(event["text"])
+            return str(event.get("text"))
         case "training_started":
-            of = f" of {event['max_steps']}" if event["max_steps"] else ""
+            of = f" of {event['max_steps']}" if event.get("max_steps") else ""
             samples = f", {event['samples']} samples" if event.get("samples") is not None else ""
             return f"training from step {event['step']}{of}{samples}" if event["step"] else f"training{samples}"
         case "audit":
-            return "audit passed: what runs is what was planned" if event["passed"] else "audit FAILED"
+            return "audit passed: what runs is what was planned" if event.get("passed") else "audit FAILED"
         case "evaluated" if event.get("eval_loss") is not None:
-            return f"step {event['step']}  evaluation loss {number(event['eval_loss'], '.4f')}"
+            return f"{at}  evaluation loss {number(event['eval_loss'], '.4f')}"
         case "checkpoint_saved":
-            return f"step {event['step']}  saved {event['name']}"
+            return f"{at}  saved {event.get('name')}"
         case "step_skipped":
-            return f"step {event['step']}  skipped: {event['reason']} (loss scale {event['loss_scale']})"
+            return f"{at}  skipped: {event.get('reason')} (loss scale {event.get('loss_scale')})"
         case "non_finite":
-            return f"step {event['step']}  {event['what']} is {event['value']}"
+            return f"{at}  {event.get('what')} is {event.get('value')}"
         case "stop_requested" if "step" in event:
-            return f"step {event['step']}  stop requested by {event['by']}"
+            return f"{at}  stop requested by {event.get('by')}"
         case _:
             return None

@@ -1,56 +1,86 @@
 """What a run came to, read from its directory: the object that `mpt train --json` prints."""
 
 import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mpt.running.journal import read_events
 from mpt.running.run_directory import RunDirectory
 
-INCIDENTS = ("non_finite", "spike", "checkpoint_passed_over")
-
-
-def read_rows(run: RunDirectory) -> dict[int, dict[str, Any]]:
-    """Read the metrics: the last row of each optimizer step, by step."""
-    rows: dict[int, dict[str, Any]] = {}
-    if not run.metrics.exists():
-        return rows
-    for line in run.metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # torn by a kill
-        if isinstance(row, dict) and "loss" in row:
-            rows[row["step"]] = row
-    return rows
+INCIDENTS = ("non_finite", "checkpoint_passed_over")
+LOG_TAIL_BYTES = 16384
+TRACEBACK_FRAME = '  File "'
 
 
 def summarise(run: RunDirectory) -> dict[str, Any]:
     """Sum up a run: outcome, steps, losses, attempts, incidents.
 
-    `train_loss` is the mean over the run where it finished, else the last step's; None where there is none.
+    `outcome` is "interrupted" where the run neither ended nor is known to go on. `train_loss` is the mean over the run
+    where it finished, else the last step's; a loss is None where there is none.
     """
     events = read_events(run.journal)
-    finished = next((event for event in reversed(events) if event["kind"] == "finished"), None)
-    closed = next((event for event in reversed(events) if event["kind"] == "run_finished"), None)
-    evaluated = next((event for event in reversed(events) if event["kind"] == "evaluated"), None)
     rows = read_rows(run)
     last_step = max(rows, default=0)
-    restarts = [event for event in events if event["kind"] == "attempt_ended" and event["verdict"] == "restart"]
-    if closed is not None:
-        outcome = closed["outcome"]
-    else:
-        outcome = "interrupted"
+    outcome, finished, eval_loss, incidents = "interrupted", None, None, 0
+    for event in events:
+        kind = event["kind"]
+        incidents += kind in INCIDENTS or (kind == "attempt_ended" and event["verdict"] == "restart")
+        if kind in ("run_created", "run_resumed", "attempt_started"):
+            outcome, finished = "interrupted", None
+        elif kind == "finished":
+            outcome, finished = "finished", event
+            eval_loss = event.get("eval_loss", eval_loss)
+        elif kind == "run_finished":
+            outcome = event["outcome"]
+        elif kind == "evaluated":
+            eval_loss = event.get("eval_loss")
     return {
-        "outcome": "finished" if finished is not None and closed is None else outcome,
+        "outcome": outcome,
         "run_dir": str(run.path),
-        "steps": finished["step"] if finished is not None else last_step,
-        "train_loss": finished["train_loss"] if finished is not None else rows.get(last_step, {}).get("loss"),
-        "eval_loss": evaluated["eval_loss"] if evaluated is not None else None,
+        "steps": last_step if finished is None else finished["step"],
+        "train_loss": rows.get(last_step, {}).get("loss") if finished is None else finished["train_loss"],
+        "eval_loss": eval_loss,
         "attempts": len(run.attempt_numbers()),
-        "incidents": sum(event["kind"] in INCIDENTS for event in events) + len(restarts),
+        "incidents": incidents,
     }
 
 
-def last_sample(run: RunDirectory) -> dict[str, Any] | None:
+def read_rows(run: RunDirectory) -> dict[int, dict[str, Any]]:
+    """Read the metrics: the valid row of each optimizer step, by step.
+
+    An attempt that goes on from a checkpoint makes the steps after it anew; what was written of them before is void.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    if not run.metrics.exists():
+        return rows
+    attempt: object = None
+    for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # torn by a kill
+        if not isinstance(row, dict) or "loss" not in row:
+            continue
+        if row["attempt"] != attempt:
+            attempt = row["attempt"]
+            rows = {step: kept for step, kept in rows.items() if step < row["step"]}
+        rows[row["step"]] = row
+    return rows
+
+
+def last_sample(run: RunDirectory) -> Mapping[str, Any] | None:
     """Give the text that the run generated at its end."""
     return next((event for event in reversed(read_events(run.journal)) if event["kind"] == "sample"), None)
+
+
+def last_log_lines(log: Path, count: int = 3) -> list[str]:
+    """Give the last lines of a log that say something: no empty ones, and no frames of a traceback."""
+    if not log.exists():
+        return []
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    telling = [line for line in lines if line.strip() and not line.startswith((TRACEBACK_FRAME, "    "))]
+    return telling[-count:]

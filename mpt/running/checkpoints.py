@@ -15,8 +15,8 @@ from typing import Any
 
 import xxhash
 
-from mpt.errors import NoUsableCheckpointError, StorageError
-from mpt.running.run_directory import RunDirectory, sync_folder, write_atomically
+from mpt.errors import MptError, NoUsableCheckpointError
+from mpt.running.run_directory import RunDirectory, sync_folder, write_atomically, writing
 
 MANIFEST = "manifest.json"
 PREFIX = "checkpoint-"
@@ -35,7 +35,7 @@ class Choice:
 def commit(staging: Path, final: Path, *, step: int, world_size: int) -> None:
     """Turn a folder that every rank has finished writing into a checkpoint: hash, make durable, rename.
 
-    Raises OSError where the disk refuses; what was committed before stays as it is.
+    Raises OSError or StorageError where the disk refuses; what was committed before stays as it is.
     """
     files = {}
     for path in _files(staging):
@@ -60,6 +60,8 @@ def verify(path: Path) -> str | None:
         return "it has no manifest: the commit was never finished"
     except (OSError, ValueError) as error:
         return f"its manifest can't be read ({error})"
+    if path.name != f"{PREFIX}{manifest['step']}":
+        return f"its manifest is that of step {manifest['step']}"
     for name, entry in manifest["files"].items():
         file = path / name
         try:
@@ -76,10 +78,13 @@ def verify(path: Path) -> str | None:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """Read a checkpoint's manifest. Raises FileNotFoundError, OSError, or ValueError where it is torn or not ours."""
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or not manifest["files"]:
+    manifest: Any = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not files or "step" not in manifest:
         raise ValueError("it lists no files")
-    return manifest
+    if not all(isinstance(entry, dict) and {"size", "xxh3_128"} <= entry.keys() for entry in files.values()):
+        raise ValueError("it lacks sizes or hashes")
+    return dict(manifest)
 
 
 def list_checkpoints(run: RunDirectory) -> list[tuple[int, Path]]:
@@ -113,14 +118,13 @@ def newest_usable(run: RunDirectory) -> Choice | None:
 
 
 def named(run: RunDirectory, name: str) -> Choice:
-    """Take the checkpoint that the user names, by its folder's name or path.
+    """Take the checkpoint that the user names: by its folder's name, its step, or its path.
 
-    Raises StorageError where it is not in this run, NoUsableCheckpointError where it does not verify.
+    Raises MptError where it is not in this run, NoUsableCheckpointError where it does not verify.
     """
     available = list_checkpoints(run)
-    wanted = Path(name).name
     for step, path in available:
-        if path.name == wanted or str(step) == wanted:
+        if name in (path.name, str(step)) or ("/" in name and Path(name).resolve() == path.resolve()):
             wrong = verify(path)
             if wrong is None:
                 return Choice(path, step)
@@ -128,7 +132,7 @@ def named(run: RunDirectory, name: str) -> Choice:
                 f"{path} can't be used: {wrong}", remedy="Name another, or let --resume auto choose."
             )
     known = ", ".join(path.name for _, path in available) or "none"
-    raise StorageError(f"there is no checkpoint {name} in {run.checkpoints}", remedy=f"Name one of these: {known}.")
+    raise MptError(f"there is no checkpoint {name} in {run.checkpoints}", remedy=f"There: {known}.")
 
 
 def quarantine_later(run: RunDirectory, step: int) -> list[str]:
@@ -139,12 +143,15 @@ def quarantine_later(run: RunDirectory, step: int) -> list[str]:
     later = [path for number, path in list_checkpoints(run) if number > step]
     if not later:
         return []
-    folder = next(run.checkpoints / f"quarantine-{n}" for n in range(1, 10**6) if not _has(run, f"quarantine-{n}"))
-    folder.mkdir()
-    for path in later:
-        path.rename(folder / path.name)
-    sync_folder(folder)
-    sync_folder(run.checkpoints)
+    number = 1
+    while (folder := run.checkpoints / f"quarantine-{number}").exists():
+        number += 1
+    with writing(folder):
+        folder.mkdir()
+        for path in later:
+            path.rename(folder / path.name)
+        sync_folder(folder)
+        sync_folder(run.checkpoints)
     return [path.name for path in later]
 
 
@@ -177,10 +184,6 @@ def _discard(path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
     path.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
-
-
-def _has(run: RunDirectory, name: str) -> bool:
-    return (run.checkpoints / name).exists()
 
 
 def _sync_file(path: Path) -> None:

@@ -2,14 +2,18 @@
 was written is there. A torn last line is skipped by the reader; damage before it is an error.
 """
 
+import errno
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mpt.errors import StorageError
+from mpt.running.run_directory import writing
 
 LAST_WORDS = ("finished", "stopped", "diverged", "failed")
 
@@ -32,18 +36,15 @@ class Journal:
             **payload,
         }
         line = json.dumps(spell_non_finite(record), allow_nan=False)
-        try:
+        with writing(self.path):
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                os.write(descriptor, f"{_line_break_owed(descriptor)}{line}\n".encode())
+                text = f"{_line_break_owed(descriptor)}{line}\n".encode()
+                if os.write(descriptor, text) < len(text):  # a disk that fills up takes a part and says nothing
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        except OSError as error:
-            raise StorageError(
-                f"{self.path} can't be written: {error.strerror or error}",
-                remedy="Free space or mend permissions there, and start the same command again.",
-            ) from error
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -53,27 +54,23 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    *lines, torn = path.read_bytes().split(b"\n")
+    with _reading(path):
+        *lines, torn = path.read_bytes().split(b"\n")
     events = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             event = json.loads(line)
+            if not isinstance(event, dict) or not {"kind", "attempt"} <= event.keys():
+                raise ValueError("no event")
         except ValueError as error:
-            if number == len(lines) and not torn:
-                break  # torn, and then closed off by the next writer's line break
-            if _is_torn_record(line):
+            if _was_torn(line, error) or (number == len(lines) and not torn):
                 continue
             raise StorageError(
-                f"{path}:{number}: this line is no JSON object",
+                f"{path}:{number}: this line is no event of a run",
                 remedy="Restore the file from a copy, or remove the line if you know what it was.",
             ) from error
-        if not isinstance(event, dict):
-            raise StorageError(
-                f"{path}:{number}: this line is no JSON object",
-                remedy="Restore the file from a copy, or remove the line if you know what it was.",
-            )
         events.append(event)
     return events
 
@@ -104,6 +101,19 @@ def _line_break_owed(descriptor: int) -> str:
     return "\n" if size and os.pread(descriptor, 1, size - 1) != b"\n" else ""
 
 
-def _is_torn_record(line: bytes) -> bool:
-    """Whether a line is the beginning of a record that a kill cut: it opens like ours and never closes."""
-    return line.startswith(b'{"time"') and not line.rstrip().endswith(b"}")
+def _was_torn(line: bytes, error: ValueError) -> bool:
+    """Whether a line is the beginning of a record that a kill cut: it opens like ours and breaks off."""
+    if not line.startswith(b'{"time"'):
+        return False
+    breaks_off = isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip())
+    return breaks_off or not line.endswith(b"}")
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path} can't be read: {error.strerror or error}", remedy="Mend its permissions, or restore it."
+        ) from error

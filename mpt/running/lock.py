@@ -8,34 +8,45 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from mpt.errors import RunLockedError, StorageError
+from mpt.running.run_directory import writing
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock; the file says who holds it. It stays behind, unlocked, and is taken over by the next owner.
 
-    Raises RunLockedError naming the live owner, StorageError where the file can't be written.
+    Children don't inherit it. Raises RunLockedError naming the live owner, StorageError where the file can't be
+    written or its file system has no locks.
     """
-    try:
+    with writing(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise _unwritable(path, error) from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _owned(path) from None
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat("T", "seconds")}
-        try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{json.dumps(owner)}\n".encode(), 0)
-        except OSError as error:
-            raise _unwritable(path, error) from error
+            with writing(path):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{json.dumps(_myself())}\n".encode(), 0)
+        except StorageError as error:
+            if isinstance(error.__cause__, BlockingIOError):
+                raise _owned(path) from None
+            raise
         yield
     finally:
         os.close(descriptor)
+
+
+def _myself() -> dict[str, Any]:
+    """Describe this process for the people who meet its lock; the boot tells a reused pid from the old one."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat("T", "seconds"),
+        "boot_id": boot.read_text(encoding="ascii").strip() if boot.exists() else None,
+    }
 
 
 def _owned(path: Path) -> RunLockedError:
@@ -47,11 +58,4 @@ def _owned(path: Path) -> RunLockedError:
     return RunLockedError(
         f"{path.parent} belongs to a live run: {who}",
         remedy="Wait for it, stop it (Ctrl-C there saves first), or give this run another --name.",
-    )
-
-
-def _unwritable(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"{path} can't be written: {error.strerror or error}",
-        remedy="Free space or mend permissions there, or choose another --runs-dir.",
     )

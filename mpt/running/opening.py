@@ -4,9 +4,10 @@ Called with the plan made and before anything is started; a refusal leaves the d
 """
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,31 @@ from mpt.errors import MptError, StorageError
 from mpt.hardware.machine_json import machine_to_json
 from mpt.planning.plan import Plan
 from mpt.running import checkpoints
-from mpt.running.journal import Journal, read_events
+from mpt.running.journal import Journal, last_word, read_events
 from mpt.running.lock import locked
-from mpt.running.run_directory import RunDirectory, write_atomically
-from mpt.running.supervisor import to_text
+from mpt.running.run_directory import RunDirectory, write_atomically, write_json, writing
 
 # What may change between two starts of a run without changing what is trained.
-FREE = ("recipe.description", "recipe.name", "recipe.restart.max_restarts")
+FREE = ("description", "name", "restart.max_restarts")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
     """A run whose lock is held. `finished`: there is nothing left to do. `start_from` None: from the beginning."""
 
-    run: RunDirectory
     start_from: checkpoints.Choice | None
-    finished: bool
+    finished: bool = False
     notes: tuple[str, ...] = ()
+
+
+def locate(runs_dir: Path, name: str) -> RunDirectory:
+    """Name a run's directory; raises MptError for a name that is no folder's name."""
+    if not NAME.fullmatch(name):
+        raise MptError(
+            f"{name!r} is no name for a run", remedy="Begin with a letter or digit; then also dot, dash, underline."
+        )
+    return RunDirectory(runs_dir / name)
 
 
 @contextmanager
@@ -44,78 +53,110 @@ def opened(plan: Plan, run: RunDirectory, *, resume: str, accept_changes: bool) 
     `resume` is "auto", "never" or a checkpoint's name. Raises StorageError, RunLockedError, NoUsableCheckpointError, or
     MptError where the run exists with other values and `accept_changes` is False.
     """
+    notes = [f"the run that was here is now {_set_aside(run)}"] if resume == "never" and run.exists else []
     made = _make_folders(run.path)
     try:
         with locked(run.lock):
-            notes: list[str] = []
-            if resume == "never" and run.exists:
-                notes.append(f"the run that was here is kept in {_move_aside(run)}")
-            if run.exists:
-                yield _reopen(plan, run, resume, accept_changes, notes)
-            else:
-                if resume not in ("auto", "never"):
-                    raise MptError(
-                        f"there is no run in {run.path} whose {resume} could be resumed", remedy="Leave --resume out."
-                    )
-                _begin(plan, run)
-                yield Opened(run, None, finished=False, notes=tuple(notes))
-    finally:
-        _remove_empty(run, made)
+            try:
+                found = _open(plan, run, resume, accept_changes, notes)
+            except BaseException:
+                if made and not run.exists:
+                    shutil.rmtree(run.path, ignore_errors=True)
+                raise
+            yield found
+    except BaseException:
+        _remove_empty(made)
+        raise
+
+
+def _open(plan: Plan, run: RunDirectory, resume: str, accept_changes: bool, notes: list[str]) -> Opened:
+    if run.exists:
+        return _reopen(plan, run, resume, accept_changes, notes)
+    if resume not in ("auto", "never"):
+        raise MptError(
+            f"there is no run in {run.path}, and so no {resume} to go on from", remedy="Leave --resume out to begin."
+        )
+    _begin(plan, run)
+    return Opened(None, notes=tuple(notes))
 
 
 def _begin(plan: Plan, run: RunDirectory) -> None:
+    """Write what a run consists of before its first attempt; the journal comes last, and makes it a run."""
     _write_recipe(plan, run)
-    write_atomically(run.machine, to_text(machine_to_json(plan.machine)))
-    try:
+    write_json(run.machine, machine_to_json(plan.machine))
+    with writing(run.checkpoints):
         run.checkpoints.mkdir(exist_ok=True)
-    except OSError as error:
-        raise _unwritable(run.checkpoints, error) from error
-    Journal(run.journal, 0).append("run_created", name=plan.name, mpt=__version__)
+    try:
+        Journal(run.journal, 0).append("run_created", recipe=plan.name, mpt=__version__)
+    except StorageError:
+        run.journal.unlink(missing_ok=True)
+        raise
 
 
 def _reopen(plan: Plan, run: RunDirectory, resume: str, accept_changes: bool, notes: list[str]) -> Opened:
     events = read_events(run.journal)
-    changes = _changes(plan, run)
+    newest = max(run.attempt_numbers(), default=0)
+    changes = _changes(plan, run, newest)
     if changes and not accept_changes:
-        listed = "\n".join(f"    {key}: {was} -> {now}" for key, was, now in changes)
+        listed = "\n".join(f"    {key}: {_say(was)} -> {_say(now)}" for key, was, now in changes)
         raise MptError(
             f"the run in {run.path} was begun with other values:\n{listed}",
-            remedy="Go on with the old values, give the new run another --name, take the change with --accept-changes, "
-            "or begin anew with --resume never (the old run is kept beside it).",
+            remedy="Go on with the old values, give the new run another --name, take the changes with "
+            "--accept-changes, or begin anew with --resume never (the old run is kept beside it).",
         )
-    finished = any(event["kind"] == "finished" for event in events) and run.final.is_dir()
-    if finished and not changes and resume == "auto":
-        return Opened(run, None, finished=True, notes=tuple(notes))
-    if resume in ("auto", "never"):
+    word = last_word(events, newest)
+    if word is not None and word["kind"] == "finished" and run.final.is_dir() and not changes and resume == "auto":
+        return Opened(None, finished=True, notes=tuple(notes))
+    if resume == "auto":
         start_from = checkpoints.newest_usable(run)
     else:
         start_from = checkpoints.named(run, resume)
         moved = checkpoints.quarantine_later(run, start_from.step)
         if moved:
-            notes.append(f"{', '.join(moved)} moved to a quarantine folder: the run goes on from {start_from.path.name}")
-    journal = Journal(run.journal, max(run.attempt_numbers(), default=0))
+            notes.append(f"going back to {start_from.path.name}; {', '.join(moved)} moved to a quarantine folder")
+    journal = Journal(run.journal, newest)
     if changes:
         journal.append("changes_accepted", changes=[{"key": key, "was": was, "now": now} for key, was, now in changes])
         _write_recipe(plan, run)
     journal.append("run_resumed", checkpoint=None if start_from is None else start_from.path.name)
-    return Opened(run, start_from, finished=False, notes=tuple(notes))
+    return Opened(start_from, notes=tuple(notes))
 
 
-def _changes(plan: Plan, run: RunDirectory) -> list[tuple[str, Any, Any]]:
-    """List what the new plan would do otherwise than the newest one in the directory, as (key, was, now)."""
-    numbers = run.attempt_numbers()
-    if not numbers:
+def _changes(plan: Plan, run: RunDirectory, newest: int) -> list[tuple[str, Any, Any]]:
+    """List what the new plan would do otherwise than the newest one in the directory, as (key, was, now).
+
+    A decision that merely repeats a changed key of the recipe is not listed again.
+    """
+    if newest == 0:
         return []
-    before = Plan.from_json(json.loads(run.attempt(numbers[-1]).plan.read_text(encoding="utf-8")))
-    was, now = _identity(before), _identity(plan)
-    keys = [key for key in [*was, *now] if key not in FREE]
-    return [(key, was.get(key), now.get(key)) for key in dict.fromkeys(keys) if was.get(key) != now.get(key)]
+    path = run.attempt(newest).plan
+    try:
+        before = Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{path} can't be read ({error})", remedy="Restore it from a copy, or begin anew with --resume never."
+        ) from error
+    asked = _differences(_asked(before), _asked(plan))
+    told = {(key.rpartition(".")[2], str(was), str(now)) for key, was, now in asked}
+    decided = _differences(_decided(before), _decided(plan))
+    return [
+        *(change for change in asked if change[0] not in FREE),
+        *(change for change in decided if (change[0].rpartition(".")[2], str(change[1]), str(change[2])) not in told),
+    ]
 
 
-def _identity(plan: Plan) -> dict[str, Any]:
-    """Flatten what decides a run's numbers: the recipe's values and the plan's decisions."""
-    flat = _flatten("recipe", plan.recipe.model_dump(mode="json", exclude_unset=True))
-    return flat | {key: decision.value for key, decision in plan.values.items()}
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    keys = dict.fromkeys([*was, *now])
+    return [(key, was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)]
+
+
+def _asked(plan: Plan) -> dict[str, Any]:
+    return _flatten("", plan.recipe.model_dump(mode="json", exclude_unset=True))
+
+
+def _decided(plan: Plan) -> dict[str, Any]:
+    # Through JSON, as the plan on the disk went.
+    return {key: json.loads(json.dumps(decision.value)) for key, decision in plan.values.items()}
 
 
 def _flatten(prefix: str, value: Any) -> dict[str, Any]:
@@ -123,8 +164,12 @@ def _flatten(prefix: str, value: Any) -> dict[str, Any]:
         return {prefix: value}
     flat: dict[str, Any] = {}
     for key, entry in value.items():
-        flat |= _flatten(f"{prefix}.{key}", entry)
+        flat |= _flatten(f"{prefix}.{key}" if prefix else str(key), entry)
     return flat
+
+
+def _say(value: Any) -> str:
+    return "(not given)" if value is None else str(value)
 
 
 def _write_recipe(plan: Plan, run: RunDirectory) -> None:
@@ -135,43 +180,29 @@ def _write_recipe(plan: Plan, run: RunDirectory) -> None:
 
 def _make_folders(path: Path) -> list[Path]:
     """Make the run's folder and give what had to be made, innermost first."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    missing: list[Path] = []
     try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        for folder in missing:
-            if folder.is_dir():
-                folder.rmdir()
-        raise _unwritable(path, error) from error
+        with writing(path):
+            missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+    except StorageError:
+        _remove_empty(missing)
+        raise
     return missing
 
 
-def _remove_empty(run: RunDirectory, made: list[Path]) -> None:
-    """Take back what was made for a run that was then refused."""
-    if run.exists or run.path not in made:
-        return
-    shutil.rmtree(run.path, ignore_errors=True)
-    for folder in made[1:]:
-        try:
+def _remove_empty(folders: list[Path]) -> None:
+    """Take back folders that were made for a run that was then refused; one that holds something stays."""
+    for folder in folders:
+        with suppress(OSError):
             folder.rmdir()
-        except OSError:
-            return
 
 
-def _move_aside(run: RunDirectory) -> Path:
-    """Rename everything in the folder but the lock into a numbered sibling, which is a whole run of its own."""
-    number = 1
-    while (aside := run.path.with_name(f"{run.path.name}.{number}")).exists():
-        number += 1
-    aside.mkdir()
-    for entry in run.path.iterdir():
-        if entry != run.lock:
-            entry.rename(aside / entry.name)
+def _set_aside(run: RunDirectory) -> Path:
+    """Rename a run that nobody is at to a numbered sibling, whole; it remains a run that can be gone on with."""
+    with locked(run.lock), writing(run.path):
+        number = 1
+        while (aside := run.path.with_name(f"{run.path.name}.old-{number}")).exists():
+            number += 1
+        run.path.rename(aside)
     return aside
-
-
-def _unwritable(path: Path, error: OSError) -> StorageError:
-    return StorageError(
-        f"{path} can't be made: {error.strerror or error}",
-        remedy="Free space or mend permissions there, or choose another --runs-dir.",
-    )

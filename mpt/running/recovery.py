@@ -1,5 +1,6 @@
 """What to do after an attempt has ended: a pure function of how it ended and of what was tried."""
 
+import signal
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -61,7 +62,12 @@ def decide(ended: Ended, restarts: int, max_restarts: int) -> Restart | Stop:
     if word is not None and word["kind"] == "finished":
         return Stop(Outcome.FINISHED, ExitCode.DONE, f"finished at step {word['step']}")
     if word is not None and word["kind"] == "stopped":
-        return Stop(Outcome.STOPPED, ExitCode.STOPPED, f"stopped at step {word['step']}, saved {word['checkpoint']}")
+        return Stop(
+            Outcome.STOPPED,
+            ExitCode.STOPPED,
+            f"stopped at step {word['step']}, saved {word['checkpoint']}",
+            "The same command goes on from there.",
+        )
     if word is not None and word["kind"] == "diverged":
         return Stop(
             Outcome.DIVERGED,
@@ -73,7 +79,7 @@ def decide(ended: Ended, restarts: int, max_restarts: int) -> Restart | Stop:
     if word is not None and word["exit_code"] in FINAL_FAILURES:
         return Stop(Outcome.FAILED, ExitCode(word["exit_code"]), word["problem"], word["remedy"])
     if ended.stop_signal is not None:
-        return _interrupted(ended)
+        return interrupted(ended.stop_signal, has_checkpoint=ended.has_checkpoint)
     cause = _cause(ended)
     if restarts >= max_restarts:
         return Stop(
@@ -85,20 +91,21 @@ def decide(ended: Ended, restarts: int, max_restarts: int) -> Restart | Stop:
     return Restart(cause, 0.0 if restarts == 0 else min(MAX_BACKOFF_S, 2.0 ** (restarts - 1)))
 
 
-def _interrupted(ended: Ended) -> Stop:
-    code = ExitCode.INTERRUPTED if ended.stop_signal == 2 else ExitCode.TERMINATED
-    kept = "the last checkpoint is intact" if ended.has_checkpoint else "there is no checkpoint yet"
-    return Stop(
-        Outcome.STOPPED, code, f"ended at once, as asked; {kept}", "The same command goes on from where it can."
-    )
+def interrupted(stop_signal: int, *, has_checkpoint: bool) -> Stop:
+    """Judge a run that was ended at once because the user wished it, by SIGINT (2) or another signal."""
+    code = ExitCode.INTERRUPTED if stop_signal == signal.SIGINT else ExitCode.TERMINATED
+    remedy = f"The same command {'goes on from the last checkpoint' if has_checkpoint else 'begins again'}."
+    return Stop(Outcome.STOPPED, code, "ended at once, as asked", remedy)
 
 
 def _cause(ended: Ended) -> str:
     if ended.word is not None:
         return str(ended.word["problem"])
+    if ended.return_code == -signal.SIGKILL:
+        return "the worker was killed (SIGKILL), by somebody or by the kernel for want of memory"
     if ended.return_code < 0:
         return f"the worker was killed by signal {-ended.return_code}"
-    return f"the worker died without a last word (exit status {ended.return_code})"
+    return f"a worker died without a last word (exit status {ended.return_code})"
 
 
 def _times(restarts: int) -> str:

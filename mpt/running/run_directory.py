@@ -4,8 +4,11 @@ The run directory is the only channel between supervisor and worker, and a contr
 no absolute path that decides anything: moved or copied as a whole, a run goes on.
 """
 
+import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,12 +100,24 @@ class RunDirectory:
         return self.journal.exists()
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write at `path` into a StorageError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path} can't be written: {error.strerror or error}",
+            remedy="Free space or mend permissions there, or choose another --runs-dir.",
+        ) from error
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file whole: a reader, or a kill at any moment, sees the old content or the new.
 
     Raises StorageError where the folder can't be written.
     """
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         temporary = Path(name)
@@ -117,11 +132,11 @@ def write_atomically(path: Path, text: str) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
-    except OSError as error:
-        raise StorageError(
-            f"{path} can't be written: {error.strerror or error}",
-            remedy="Free space or mend permissions there, or choose another --runs-dir.",
-        ) from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON as people read it. Raises StorageError where the folder can't be written."""
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def sync_folder(path: Path) -> None:

@@ -1,37 +1,36 @@
 """Start an attempt, watch it, judge its end, decide, repeat: the parent of a run.
 
-It holds the run's lock, writes plans, and reads what the worker writes into the run directory. It imports no torch, so that
-it can't run out of memory or meet a NaN itself, and it can be killed at any moment: its workers die with it, and the next
-`mpt train` goes on from the directory.
+It writes plans and reads what the worker writes into the run directory. It imports no torch, so that it can't run out
+of memory or meet a NaN itself, and it can be killed at any moment: its workers die with it, and the next `mpt train`
+goes on from the directory.
 """
 
-import json
-import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from types import FrameType
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol
 
+from mpt.errors import MptError, StorageError
 from mpt.planning.plan import Plan
-from mpt.running import checkpoints, launcher
+from mpt.running import checkpoints
 from mpt.running.follow import LineFollower
 from mpt.running.jit_cache import builds, cache_root, remove_stale_locks
 from mpt.running.journal import LAST_WORDS, Journal, last_word, read_events
-from mpt.running.recovery import Ended, Stop, decide
-from mpt.running.run_directory import RunDirectory, write_atomically
+from mpt.running.launcher import Command, Processes, build_command
+from mpt.running.recovery import Ended, Outcome, Restart, Stop, decide, interrupted
+from mpt.running.run_directory import RunDirectory, write_json, writing
+from mpt.running.signals import StopWish
 
 POLL_S = 0.1
-JIT_CHECK_S = 5.0
+JIT_CHECK_S = 3.0
 # After an attempt's last word its processes have nothing left to do but end.
 LEAVING_S = 60.0
 # A step, an evaluation or a save that takes longer than this after a stop was asked for is given up.
 STOP_GRACE_S = 600.0
 
-BuildCommand = Callable[[Plan, RunDirectory, int, Mapping[str, str]], launcher.Command]
+BuildCommand = Callable[[Plan, RunDirectory, int, Mapping[str, str]], Command]
 
 
 class View(Protocol):
@@ -46,178 +45,190 @@ class View(Protocol):
     def note(self, text: str) -> None: ...
 
 
-@dataclass(slots=True)
-class StopWish:
-    """What the user asked for by signals: the first one asks for a graceful end, a second one for an immediate one."""
-
-    first: int | None = None
-    count: int = 0
-
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.first = self.first or number
-        self.count += 1
-
-
-@contextmanager
-def listening() -> Iterator[StopWish]:
-    """Turn SIGINT and SIGTERM into wishes for as long as the context lasts."""
-    wish = StopWish()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, wish.on_signal) for number in numbers}
-    try:
-        yield wish
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def supervise(
     plan: Plan,
     run: RunDirectory,
     view: View,
     wish: StopWish,
+    environment: Mapping[str, str],
     *,
     start_from: checkpoints.Choice | None,
-    build_command: BuildCommand = launcher.build_command,
-    environment: Mapping[str, str] | None = None,
+    build: BuildCommand = build_command,
 ) -> Stop:
     """Carry out a plan in a run directory whose lock is held; give the verdict on the run.
 
-    `start_from` is the checkpoint of the first attempt; later ones take the newest that verifies.
+    `start_from` is the checkpoint of the first attempt; later ones take the newest that verifies. An MptError on the
+    way is the verdict too, and is journalled as far as the disk allows.
     """
-    environment = os.environ if environment is None else environment
+    try:
+        stop = _until_it_ends(plan, run, view, wish, environment, start_from, build)
+    except MptError as error:
+        stop = Stop(Outcome.FAILED, error.exit_code, error.problem, error.remedy)
+    with suppress(StorageError):
+        journal = Journal(run.journal, _newest_attempt(run))
+        journal.append("run_finished", outcome=stop.outcome, exit_code=stop.exit_code, reason=stop.reason)
+    return stop
+
+
+def _until_it_ends(
+    plan: Plan,
+    run: RunDirectory,
+    view: View,
+    wish: StopWish,
+    environment: Mapping[str, str],
+    start_from: checkpoints.Choice | None,
+    build: BuildCommand,
+) -> Stop:
+    budget = plan.recipe.restart.max_restarts
     restarts = 0
-    while True:
-        number = max(run.attempt_numbers(), default=0) + 1
-        attempt = Attempt(plan, run, number, view, wish)
-        ended = attempt.carry_out(start_from, build_command, environment)
-        verdict = decide(ended, restarts, plan.recipe.restart.max_restarts)
-        journal = Journal(run.journal, number)
-        outcome = verdict.outcome.value if isinstance(verdict, Stop) else "restart"
-        journal.append("attempt_ended", return_code=ended.return_code, verdict=outcome, reason=verdict.reason)
+    while wish.signal is None:
+        attempt = Attempt(plan, run, _newest_attempt(run) + 1, view, wish, environment)
+        ended = attempt.carry_out(start_from, build)
+        verdict = decide(ended, restarts, budget)
+        attempt.close(ended, verdict)
         if isinstance(verdict, Stop):
-            journal.append("run_finished", outcome=verdict.outcome, exit_code=verdict.exit_code, reason=verdict.reason)
             return verdict
         restarts += 1
-        view.note(f"{verdict.reason}: restart {restarts} of {plan.recipe.restart.max_restarts}")
+        view.note(f"{verdict.reason}: restart {restarts} of {budget}")
         _wait(verdict.after_s, wish)
         start_from = checkpoints.newest_usable(run)
+    return interrupted(wish.signal, has_checkpoint=bool(checkpoints.list_checkpoints(run)))
 
 
 class Attempt:
     """One life of the worker."""
 
-    def __init__(self, plan: Plan, run: RunDirectory, number: int, view: View, wish: StopWish) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        run: RunDirectory,
+        number: int,
+        view: View,
+        wish: StopWish,
+        environment: Mapping[str, str],
+    ) -> None:
         self.plan = plan
         self.run = run
         self.number = number
         self.view = view
         self.wish = wish
+        self.environment = environment
         self.journal = Journal(run.journal, number)
         self.files = run.attempt(number)
         self._has_started = False
         self._word_since: float | None = None
         self._asked_since: float | None = None
         self._jit_checked = 0.0
-        self._compiling: tuple[str, ...] = ()
+        self._compiling: list[str] = []
 
-    def carry_out(
-        self, start_from: checkpoints.Choice | None, build_command: BuildCommand, environment: Mapping[str, str]
-    ) -> Ended:
-        """Write the plan, start the worker, follow it to its end."""
+    def carry_out(self, start_from: checkpoints.Choice | None, build: BuildCommand) -> Ended:
+        """Write the plan, start the worker, follow it to its end; none of its processes is left."""
+        self._leave_lineage(start_from)
         resume_from = None if start_from is None else start_from.path.name
         plan = replace(self.plan, resume_from=resume_from)
-        self.files.path.mkdir(parents=True, exist_ok=True)
-        self.files.stop.unlink(missing_ok=True)
         if plan.deepspeed is not None:
-            write_atomically(self.files.deepspeed, to_text(plan.deepspeed))
-            self._clear_jit_cache(environment)
-        write_atomically(self.files.plan, to_text(plan.to_json()))
-        if start_from is not None:
-            for name, wrong in start_from.passed_over:
-                self.journal.append("checkpoint_passed_over", name=name, reason=wrong)
-                self.view.note(f"{name} is not used: {wrong}")
-        command = build_command(plan, self.run, self.number, environment)
-        self.journal.append("attempt_started", resume_from=resume_from, command=str(command))
+            write_json(self.files.deepspeed, plan.deepspeed)
+            self._clear_jit_cache()
+        write_json(self.files.plan, plan.to_json())
+        command = build(plan, self.run, self.number, self.environment)
+        self._note_threads(command, resume_from)
         self.view.attempt(self.number, resume_from)
         events, rows = LineFollower(self.run.journal), LineFollower(self.run.metrics)
-        if self.wish.count:  # asked before there was anything to stop
-            return self._ended(0)
-        process = launcher.start(command, self.files.log, self.files.command)
+        processes = Processes(command, self.files, self.environment)
         try:
-            while process.poll() is None:
+            while processes.is_running:
                 self._follow(events, rows)
-                if plan.deepspeed is not None and not self._has_started:
-                    self._watch_compilation(environment)
-                if self._must_end(process):
+                self._watch_compilation()
+                if self._must_end():
                     break
                 time.sleep(POLL_S)
         finally:
-            return_code = launcher.end(process, grace_s=0)
+            return_code = processes.end()
         self._follow(events, rows)
-        return self._ended(return_code)
+        word = last_word(read_events(self.run.journal), self.number)
+        return Ended(word, return_code, self.wish.signal, bool(checkpoints.list_checkpoints(self.run)))
+
+    def close(self, ended: Ended, verdict: Restart | Stop) -> None:
+        """Journal what was decided."""
+        outcome = verdict.outcome.value if isinstance(verdict, Stop) else "restart"
+        self.journal.append("attempt_ended", returncode=ended.return_code, verdict=outcome, reason=verdict.reason)
+
+    def _leave_lineage(self, start_from: checkpoints.Choice | None) -> None:
+        """Put checkpoints out of reach that are newer than the one to go on from: they did not verify."""
+        if start_from is None:
+            return
+        for name, wrong in start_from.passed_over:
+            self.journal.append("checkpoint_passed_over", name=name, reason=wrong)
+            self.view.note(f"{name} is not used: {wrong}")
+        checkpoints.quarantine_later(self.run, start_from.step)
+
+    def _note_threads(self, command: Command, resume_from: str | None) -> None:
+        threads = command.environment.get("OMP_NUM_THREADS", self.environment.get("OMP_NUM_THREADS"))
+        starts = [event for event in read_events(self.run.journal) if event["kind"] == "attempt_started"]
+        before = starts[-1].get("threads") if starts else None
+        if resume_from is not None and before not in (None, threads):
+            self.view.note(f"OMP_NUM_THREADS was {before} and is {threads}: the last bits of sums may differ")
+        self.journal.append("attempt_started", resume_from=resume_from, command=str(command), threads=threads)
 
     def _follow(self, events: LineFollower, rows: LineFollower) -> None:
         for event in events.new():
-            if event.get("attempt") != self.number:
+            kind = event.get("kind")
+            if event.get("attempt") != self.number or kind is None:
                 continue
-            if event["kind"] == "training_started":
-                self._has_started = True
-            if event["kind"] in LAST_WORDS and self._word_since is None:
+            self._has_started = self._has_started or kind == "training_started"
+            if kind in LAST_WORDS and self._word_since is None:
                 self._word_since = time.monotonic()
             self.view.event(event)
         for row in rows.new():
             if row.get("attempt") == self.number:
                 self.view.row(row)
 
-    def _must_end(self, process: "subprocess.Popen[bytes]") -> bool:
+    def _must_end(self) -> bool:
         """Whether the attempt is to be ended by force: a stop that can't wait, or a worker that does not leave."""
         now = time.monotonic()
         if self._word_since is not None:
             return now - self._word_since > LEAVING_S
-        if not self.wish.count:
+        if self.wish.signal is None:
             return False
         if self._asked_since is None:
             self._asked_since = now
-            self.journal.append("stop_requested", by=signal.Signals(self.wish.first or signal.SIGTERM).name)
             if self._has_started:
-                self.files.stop.touch()
+                with writing(self.files.stop):
+                    self.files.stop.touch()
                 self.view.note("stopping: the step is finished and saved; once more ends at once")
-        if self.wish.count > 1 or not self._has_started:
+            self.journal.append("stop_requested", by=signal.Signals(self.wish.signal).name)
+        if self.wish.is_urgent or not self._has_started:
             return True  # before the first step there is nothing to save
         return now - self._asked_since > STOP_GRACE_S
 
-    def _ended(self, return_code: int) -> Ended:
-        word = last_word(read_events(self.run.journal), self.number)
-        has_checkpoint = bool(checkpoints.list_checkpoints(self.run))
-        return Ended(word, return_code, self.wish.first, has_checkpoint)
+    def _clear_jit_cache(self) -> None:
+        for folder in remove_stale_locks(cache_root(self.environment)):
+            text = f"removed the lock that a killed compilation left in {folder}"
+            self.journal.append("jit_lock_removed", folder=str(folder))
+            self.view.note(text)
 
-    def _clear_jit_cache(self, environment: Mapping[str, str]) -> None:
-        for folder in remove_stale_locks(cache_root(environment)):
-            self.journal.append("notice", text=f"removed the lock of a killed compilation in {folder}")
-            self.view.note(f"removed the lock that a killed compilation left in {folder}")
-
-    def _watch_compilation(self, environment: Mapping[str, str]) -> None:
+    def _watch_compilation(self) -> None:
         """Say when DeepSpeed compiles its operators, and free a worker that waits for a dead process's lock."""
         now = time.monotonic()
-        if now - self._jit_checked < JIT_CHECK_S:
+        if self.plan.deepspeed is None or self._has_started or now - self._jit_checked < JIT_CHECK_S:
             return
         self._jit_checked = now
-        self._clear_jit_cache(environment)
-        compiling = tuple(folder.name for folder in builds(cache_root(environment)))
+        self._clear_jit_cache()
+        compiling = [folder.name for folder in builds(cache_root(self.environment))]
         if compiling and compiling != self._compiling:
-            names = ", ".join(compiling)
-            self.view.note(f"DeepSpeed compiles {names}: minutes the first time, cached from then on")
+            self.view.event({"kind": "phase", "phase": "compiling"})
+            self.view.note(f"compiling DeepSpeed's {', '.join(compiling)} (first run only, minutes)")
+        elif self._compiling and not compiling:
+            self.view.event({"kind": "phase", "phase": "setup"})
         self._compiling = compiling
 
 
-def to_text(value: object) -> str:
-    """Write JSON as people read it."""
-    return json.dumps(value, indent=2) + "\n"
+def _newest_attempt(run: RunDirectory) -> int:
+    return max(run.attempt_numbers(), default=0)
 
 
 def _wait(seconds: float, wish: StopWish) -> None:
     """Pause before a restart; a wish to stop ends the pause."""
     until = time.monotonic() + seconds
-    while time.monotonic() < until and not wish.count:
+    while time.monotonic() < until and wish.signal is None:
         time.sleep(POLL_S)

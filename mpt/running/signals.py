@@ -1,0 +1,56 @@
+"""What the user wishes by signals: the first asks for a graceful end, a second one for an immediate one."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from mpt.errors import ExitCode
+
+# timeout(1) signals its child and then the child's group; both are one wish.
+ONE_WISH_S = 0.5
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(slots=True)
+class StopWish:
+    """The first signal that came, None before any, and whether another one followed.
+
+    While `is_immediate` there is nothing yet that could be stopped gracefully: a signal then ends the process.
+    """
+
+    signal: int | None = None
+    is_urgent: bool = False
+    is_immediate: bool = True
+    last: float = 0.0
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal; raises SystemExit where it ends the process."""
+        if self.is_immediate:
+            raise SystemExit(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.TERMINATED)
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal = number
+        elif now - self.last > ONE_WISH_S:
+            self.is_urgent = True
+        self.last = now
+
+
+@contextmanager
+def listening() -> Iterator[StopWish]:
+    """Turn SIGINT, SIGTERM and a closed terminal into wishes for as long as the context lasts.
+
+    What was ignored before stays ignored: `nohup` means it.
+    """
+    wish = StopWish()
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN or number != signal.SIGHUP:
+            signal.signal(number, wish.on_signal)
+    try:
+        yield wish
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
