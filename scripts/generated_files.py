@@ -75,7 +75,29 @@ def recipe_schema() -> dict[str, str]:
     return {"configs/recipe.schema.json": to_json(recipe_schema())}
 
 
-MAKERS: tuple[Callable[[], dict[str, str]], ...] = (training_arguments, recipe_schema)
+def deepspeed_configurations() -> dict[str, str]:
+    from golden_deepspeed import deepspeed_files
+
+    return deepspeed_files()
+
+
+def readme() -> dict[str, str]:
+    """Write the recipe reference between its two markers in the README."""
+    from mpt.recipe.reference import recipe_reference
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- recipe reference: generated -->", "<!-- end of the recipe reference -->"
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    return {"README.md": f"{head}{begin}\n\n{recipe_reference()}\n{end}{tail}"}
+
+
+MAKERS: tuple[Callable[[], dict[str, str]], ...] = (
+    training_arguments,
+    recipe_schema,
+    deepspeed_configurations,
+    readme,
+)
 
 
 def main() -> int:
