@@ -2,7 +2,7 @@
 
 The method of Korthikanti et al. 2022 (arXiv:2205.05198), section 4: count the tensors that each operation saves.
 Counted here on the modules of transformers 5.23, and held against torch's own accounting of real training steps by
-`tests/training/test_memory.py`.
+`tests/training/test_memory_against_torch.py`.
 """
 
 from mpt.planning.workload import BYTES, Workload

@@ -69,7 +69,7 @@ def choose_processes(recipe: Recipe, machine: Machine) -> tuple[Decision[int], D
         per_node = Decision(asked, Origin.ASKED, "the recipe asks for it")
     elif strategy == Strategy.SINGLE:
         per_node = Decision(1, Origin.DERIVED, "single was asked for")
-    elif machine.is_cpu:
+    elif machine.is_cpu and devices == 1:
         per_node = Decision(1, Origin.AUTO, "one process uses every core of a CPU")
     elif has_mig:
         per_node = Decision(1, Origin.AUTO, "a process sees one MIG instance, and NCCL joins no two of a GPU")

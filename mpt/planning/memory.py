@@ -2,7 +2,7 @@
 
 Sources: model states by ZeRO stage, Rajbhandari et al. 2020 (arXiv:1910.02054), sections 3.1 and 5; buffers, the fields
 of deepspeed/runtime/zero/config.py and torch's DistributedDataParallel; activations, `mpt.planning.activations`.
-`tests/training/test_memory.py` holds the whole against torch's own accounting of real training steps.
+`tests/training/test_memory_against_torch.py` holds the whole against torch's own accounting of real training steps.
 
 A step has three peaks, and the estimate is the highest: the turn from forward to backward (all activations and logits,
 and gradients only where they accumulate), the last block of the backward pass (all gradients, one block's

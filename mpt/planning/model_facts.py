@@ -4,6 +4,7 @@ Reads files; reaches no network. What no formula and no file tells is asked of `
 builds the model without memory (on the meta device) and may fetch a configuration.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -40,6 +41,7 @@ OVERFLOWING: dict[str, str] = {
     "qwen3": "vllm-project/vllm#33972",
 }
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 LOCAL_HELP = "A local directory with a config.json (and the weights, to train) always works: model: path/to/it."
 
 
@@ -107,6 +109,12 @@ def facts_from_config(
         ) from None
     if shape is None:
         return None
+    for size in ("layers", "hidden_size", "intermediate_size", "attention_heads", "head_dim", "vocab_size"):
+        if getattr(shape, size) < 1:
+            raise MptError(
+                f"{source}: {size} of this {config['model_type']} is {getattr(shape, size)}",
+                remedy="Sizes are whole numbers above 0; num_attention_heads divides hidden_size.",
+            )
     return ModelFacts(
         model_type=str(config["model_type"]),
         **asdict(shape),
@@ -216,7 +224,8 @@ def stored_dtype(directory: Path) -> str | None:
     for path in sorted(directory.glob("*.safetensors")):
         try:
             with path.open("rb") as file:
-                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+                length = struct.unpack("<Q", file.read(8))[0]
+                header = json.loads(file.read(min(length, LARGEST_HEADER)))
         except (OSError, ValueError, struct.error):
             continue
         sizes: dict[str, int] = {}
@@ -276,7 +285,8 @@ def _remember(path: Path, facts: ModelFacts) -> None:
         aside.write_text(json.dumps(facts.to_json()), encoding="utf-8")
         aside.replace(path)
     except OSError:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def _content_hash(request: Json, content: Json | None) -> str:
@@ -310,6 +320,8 @@ def _vocab_size(recipe: Recipe, config: Mapping[str, Any]) -> int:
     tokenizer = recipe.tokenizer or TokenizerSection(train="byte_level_bpe")
     tokens = tokenizer.vocab_size if tokenizer.name_or_path is None else _tokens_of(tokenizer.name_or_path)
     given = config.get("vocab_size")
+    if given is not None and (type(given) is not int or given < 1):
+        raise MptError(f"model.config.vocab_size is {given!r}", remedy="Write a whole number above 0, or leave it out.")
     if given is None and tokens is None:
         raise MptError(
             f"model.config leaves vocab_size to the tokenizer, and {tokenizer.name_or_path} has no tokenizer.json here",

@@ -118,12 +118,13 @@ def test_the_defaults_are_those_of_the_installed_transformers(kind: str) -> None
 
 
 def test_a_family_without_a_formula_is_learnt_from_the_model() -> None:
-    request = {"config": {"model_type": "opt", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2,
-                          "ffn_dim": 64, "word_embed_proj_dim": 32}, "vocab_size": 300, "task": "causal_lm"}  # fmt: skip
+    config = {"model_type": "opt", "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "ffn_dim": 64}
+    config |= {"word_embed_proj_dim": 32}
+    request = {"config": config, "vocab_size": 300, "task": "causal_lm"}
     facts = learn_from_model(request)
     assert (facts.layers, facts.hidden_size, facts.intermediate_size, facts.vocab_size) == (2, 32, 64, 300)
     assert facts.linear_parameters == 2 * (4 * 32 * 32 + 2 * 32 * 64)
-    assert facts.parameters == count(request["config"] | {"vocab_size": 300}, Task.CAUSAL_LM)
+    assert facts.parameters == count(config | {"vocab_size": 300}, Task.CAUSAL_LM)
 
 
 def test_the_child_answers_on_stdout_and_complains_on_stderr() -> None:
