@@ -94,11 +94,24 @@ def save_final(folder: Path, model: Any, tokenizer: Any, state_dict: dict[str, t
     shutil.rmtree(old, ignore_errors=True)
 
 
-def full_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Join ZeRO's fp32 master weights from a checkpoint: what was really trained, not its 16-bit copy."""
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+def full_weights(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Join ZeRO's fp32 master weights: what was really trained, not its 16-bit copy. Every rank takes part.
 
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint)))
+    The result is on the CPU, and empty on a rank that does not `keep` it.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights: dict[str, torch.Tensor] = {}
+    named = dict(model.named_parameters())
+    for name, weight in named.items():
+        whole = safe_get_full_fp32_param(weight)
+        if keep:
+            weights[name] = (weight if whole is None else whole).detach().cpu().clone()
+    if keep:
+        weights |= {
+            name: value.cpu() for name, value in model.state_dict().items() if name in dict(model.named_buffers())
+        }
+    return weights
 
 
 def _name_dtype(folder: Path, state_dict: dict[str, torch.Tensor]) -> None:

@@ -5,7 +5,6 @@ import math
 import os
 import socket
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -139,10 +138,7 @@ def _finish(plan: Plan, run: RunDirectory, trainer: PlanTrainer, tokenizer: Any,
     if trainer.eval_dataset is not None:
         eval_loss = trainer.evaluate().get("eval_loss")
     phase("saving")
-    state_dict = None
-    if trainer.is_deepspeed_enabled and trainer.watch.is_writer:
-        chosen = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
-        state_dict = full_weights(Path(chosen) if chosen else run.checkpoints / f"checkpoint-{step}")
+    state_dict = full_weights(trainer.model, keep=trainer.watch.is_writer) if trainer.is_deepspeed_enabled else None
     if trainer.watch.is_writer:
         trained = trainer.accelerator.unwrap_model(trainer.model)
         save_final(run.final, trained, tokenizer, state_dict)

@@ -14,6 +14,7 @@ from accelerate.utils import DummyOptim
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from transformers import Trainer, TrainerCallback
 
+from mpt.errors import UnsupportedError
 from mpt.planning.plan import Plan
 from mpt.running import checkpoints
 from mpt.running.journal import Journal
@@ -73,7 +74,14 @@ class PlanTrainer(Trainer):
         return optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        try:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        except ValueError as error:
+            if "not supported on your device" not in str(error):
+                raise
+            raise UnsupportedError(  # an fp16 engine on a CPU without AVX512-FP16, which torch.autocast does emulate
+                f"DeepSpeed: {error}", remedy="Ask for `precision: bf16`, or for `distributed: {strategy: ddp}`."
+            ) from error
         if self.is_deepspeed_enabled:
             self.accelerator.deepspeed_engine_wrapped = WatchedEngine(
                 self.accelerator.deepspeed_engine_wrapped.engine, self
@@ -270,7 +278,12 @@ class WatchedEngine(DeepSpeedEngineWrapper):
         watch.agree(None, scale)
         self.trainer.audit.before_first_step(self.trainer)
         loss_scale = self.trainer.plan.value("loss_scale")
-        engine.step()
+        try:
+            engine.step()
+        except Exception as error:
+            if scale is not None and "loss scale already at minimum" in str(error):
+                watch.fail("loss_scale", float(engine.optimizer.loss_scale))
+            raise
         norm = engine.get_global_grad_norm()
         value = float(norm) if norm is not None else 0.0
         watch.judge_norm(value, can_skip=is_fp16, applied=engine.was_step_applied())

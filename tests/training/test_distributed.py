@@ -12,6 +12,14 @@ pytestmark = pytest.mark.slow
 MakeRun = Callable[..., Run]
 
 
+def has_fp16_engine() -> bool:
+    """DeepSpeed's own test of a CPU (deepspeed/accelerator/cpu_accelerator.py)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+NEEDS_FP16 = pytest.mark.skipif(not has_fp16_engine(), reason="DeepSpeed has no fp16 on a CPU without AVX512-FP16")
+
+
 def two_processes(strategy: str, **changes: Any) -> dict[str, Any]:
     return {"distributed": {"strategy": strategy, "processes_per_node": 2}, "micro_batch_size": 4} | changes
 
@@ -51,7 +59,13 @@ def test_weight_decay_skips_biases_and_norms_under_deepspeed_too(new_run: MakeRu
 
 @pytest.mark.parametrize(
     ("strategy", "precision"),
-    [("zero1", "bf16"), ("zero2", "fp16"), ("zero3", "bf16"), ("zero3", "fp16")],
+    [
+        ("zero1", "bf16"),
+        ("zero2", "bf16"),
+        ("zero3", "bf16"),
+        pytest.param("zero2", "fp16", marks=NEEDS_FP16),
+        pytest.param("zero3", "fp16", marks=NEEDS_FP16),
+    ],
 )
 def test_zero_in_16_bits_keeps_fp32_master_weights_and_resumes_exactly(
     strategy: str, precision: str, new_run: MakeRun, fp32_run: Run
@@ -88,6 +102,23 @@ def test_what_is_not_finite_stops_every_process_before_the_update(
     assert [event["kind"] for event in run.events].count("diverged") == 1
     for folder in run.directory.checkpoints.glob("checkpoint-*"):
         assert all(tensor.isfinite().all() for tensor in run.weights(folder).values())
+
+
+@pytest.mark.skipif(has_fp16_engine(), reason="this CPU has AVX512-FP16")
+def test_fp16_under_deepspeed_on_a_cpu_without_it_is_refused(new_run: MakeRun) -> None:
+    run = new_run(**two_processes("zero2", precision=FP16))
+    assert run.train(processes=2) != 0
+    assert run.last_word()["exit_code"] == 3, run.log()
+    assert "fp16 is not supported" in run.last_word()["problem"]
+
+
+@NEEDS_FP16
+def test_a_loss_scale_that_deepspeed_may_not_lower_ends_the_run(new_run: MakeRun) -> None:
+    scale = {"initial": 2.0**40, "min": 2.0**39}
+    run = new_run(**two_processes("zero2", precision=FP16 | {"loss_scale": scale}))
+    assert run.train(processes=2) != 0
+    word = run.last_word()
+    assert (word["kind"], word["what"], word["value"]) == ("diverged", "loss_scale", 2.0**39), run.log()
 
 
 def test_all_processes_stop_at_one_step(new_run: MakeRun) -> None:
