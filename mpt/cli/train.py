@@ -130,7 +130,7 @@ def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
 
     summary = summarise(run)
     if as_json:
-        print(json.dumps(summary), flush=True)
+        _print_result(json.dumps(summary))
     if verdict is not None and verdict.outcome is not Outcome.FINISHED:
         _report_unfinished(run, verdict)
         return
@@ -165,6 +165,14 @@ def _report_unfinished(run: "RunDirectory", verdict: "Stop") -> None:
         for line in last_log_lines(log):
             _say(f"  | {line}")
     _say(f"  The full log is {log}")
+
+
+def _print_result(text: str) -> None:
+    """Print to stdout. A reader that went away changes nothing about the run, and so not the exit code."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(text: str) -> None:

@@ -45,11 +45,12 @@ def commit(staging: Path, final: Path, *, step: int, world_size: int) -> None:
     write_atomically(staging / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     for folder in {path.parent for path in _files(staging)} | {staging}:
         sync_folder(folder)
-    if final.exists():  # this step was saved before, by an attempt that was then thrown away
-        _discard(final)
     final.parent.mkdir(parents=True, exist_ok=True)
+    old = _put_aside(final) if final.exists() else None  # saved before, by an attempt that was then thrown away
     staging.rename(final)
     sync_folder(final.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def verify(path: Path) -> str | None:
@@ -159,7 +160,7 @@ def prune(run: RunDirectory, keep: int, protect: Set[str] = frozenset()) -> list
     """Delete all but the newest `keep` checkpoints by step; those named in `protect` stay. Gives the deleted names."""
     superfluous = [path for _, path in list_checkpoints(run)[: -keep or None] if path.name not in protect]
     for path in superfluous:
-        _discard(path)
+        _put_aside(path)
     for leftover in run.checkpoints.glob(".trash-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     return [path.name for path in superfluous]
@@ -178,12 +179,12 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
 
 
-def _discard(path: Path) -> None:
-    """Delete so that a kill midway leaves nothing that looks like a checkpoint."""
+def _put_aside(path: Path) -> Path:
+    """Take a checkpoint's name away before it is deleted: a kill midway leaves nothing that looks like one."""
     trash = path.with_name(f".trash-{path.name}")
     shutil.rmtree(trash, ignore_errors=True)
     path.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
+    return trash
 
 
 def _sync_file(path: Path) -> None:

@@ -22,8 +22,8 @@ class LineFollower:
             with self.path.open("rb") as file:
                 file.seek(self._offset)
                 text = file.read()
-        except FileNotFoundError:
-            return
+        except OSError:
+            return  # not there yet, or a network file system's hiccup: the next look will tell
         self._offset += len(text)
         *lines, self._rest = (self._rest + text).split(b"\n")
         for line in lines:

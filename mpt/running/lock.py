@@ -5,7 +5,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,35 @@ from mpt.running.run_directory import writing
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock; the file says who holds it. It stays behind, unlocked, and is taken over by the next owner.
 
-    Children don't inherit it. Raises RunLockedError naming the live owner, StorageError where the file can't be
-    written or its file system has no locks.
+    Children don't inherit it. Raises RunLockedError naming the live owner, StorageError where the file can't be made or
+    its file system has no locks.
     """
-    with writing(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = _take(path)
     try:
-        try:
-            with writing(path):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, f"{json.dumps(_myself())}\n".encode(), 0)
-        except StorageError as error:
-            if isinstance(error.__cause__, BlockingIOError):
-                raise _owned(path) from None
-            raise
+        with suppress(OSError):  # a full disk: the lock holds without a name on it, and the next write will tell
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{json.dumps(_myself())}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)
+
+
+def _take(path: Path) -> int:
+    """Open and lock the file; give its descriptor."""
+    while True:
+        with writing(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            with writing(path):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+            os.close(descriptor)  # between the two calls its owner moved the run away, and the file with it
+        except StorageError as error:
+            os.close(descriptor)
+            if isinstance(error.__cause__, BlockingIOError):
+                raise _owned(path) from None
+            raise
 
 
 def _myself() -> dict[str, Any]:

@@ -53,9 +53,11 @@ def opened(plan: Plan, run: RunDirectory, *, resume: str, accept_changes: bool) 
     `resume` is "auto", "never" or a checkpoint's name. Raises StorageError, RunLockedError, NoUsableCheckpointError, or
     MptError where the run exists with other values and `accept_changes` is False.
     """
-    notes = [f"the run that was here is now {_set_aside(run)}"] if resume == "never" and run.exists else []
-    made = _make_folders(run.path)
+    aside = _set_aside(run) if resume == "never" and run.exists else None
+    notes = [] if aside is None else [f"the run that was here is now {aside}"]
+    made: list[Path] = []
     try:
+        made = _make_folders(run.path)
         with locked(run.lock):
             try:
                 found = _open(plan, run, resume, accept_changes, notes)
@@ -66,6 +68,8 @@ def opened(plan: Plan, run: RunDirectory, *, resume: str, accept_changes: bool) 
             yield found
     except BaseException:
         _remove_empty(made)
+        if aside is not None and not run.path.exists():
+            aside.rename(run.path)
         raise
 
 

@@ -29,12 +29,18 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How an attempt ended. `word` is its last word in the journal, None where it died without one; the return code is
-    a hint only, because torchrun turns every cause into 1. `stop_signal` is what the user sent, None where nothing."""
+    """How an attempt ended.
+
+    `word` is its last word in the journal, None where it died without one; the return code is a hint only, because
+    torchrun turns every cause into 1. `stop_signal` is what the user sent, None where nothing; `forced` says why the
+    supervisor ended the attempt, None where it ended by itself.
+    """
 
     word: dict[str, Any] | None
     return_code: int
     stop_signal: int | None = None
+    forced: str | None = None
+    has_started: bool = True
     has_checkpoint: bool = False
 
 
@@ -65,7 +71,7 @@ def decide(ended: Ended, restarts: int, max_restarts: int) -> Restart | Stop:
         return Stop(
             Outcome.STOPPED,
             ExitCode.STOPPED,
-            f"stopped at step {word['step']}, saved {word['checkpoint']}",
+            f"at step {word['step']}, as asked; saved as {word['checkpoint']}",
             "The same command goes on from there.",
         )
     if word is not None and word["kind"] == "diverged":
@@ -78,9 +84,14 @@ def decide(ended: Ended, restarts: int, max_restarts: int) -> Restart | Stop:
         )
     if word is not None and word["exit_code"] in FINAL_FAILURES:
         return Stop(Outcome.FAILED, ExitCode(word["exit_code"]), word["problem"], word["remedy"])
-    if ended.stop_signal is not None:
-        return interrupted(ended.stop_signal, has_checkpoint=ended.has_checkpoint)
     cause = _cause(ended)
+    if ended.stop_signal is not None:
+        return interrupted(
+            ended.stop_signal,
+            ended.forced or f"while it was stopping: {cause}",
+            loses_steps=ended.has_started,
+            has_checkpoint=ended.has_checkpoint,
+        )
     if restarts >= max_restarts:
         return Stop(
             Outcome.FAILED,
@@ -91,11 +102,16 @@ def decide(ended: Ended, restarts: int, max_restarts: int) -> Restart | Stop:
     return Restart(cause, 0.0 if restarts == 0 else min(MAX_BACKOFF_S, 2.0 ** (restarts - 1)))
 
 
-def interrupted(stop_signal: int, *, has_checkpoint: bool) -> Stop:
-    """Judge a run that was ended at once because the user wished it, by SIGINT (2) or another signal."""
-    code = ExitCode.INTERRUPTED if stop_signal == signal.SIGINT else ExitCode.TERMINATED
+def interrupted(stop_signal: int, reason: str, *, loses_steps: bool, has_checkpoint: bool) -> Stop:
+    """Judge a run that ended without a save because the user wished it, by SIGINT (2) or another signal.
+
+    Where no step was made since the last checkpoint it is as good as stopped with one.
+    """
     remedy = f"The same command {'goes on from the last checkpoint' if has_checkpoint else 'begins again'}."
-    return Stop(Outcome.STOPPED, code, "ended at once, as asked", remedy)
+    if has_checkpoint and not loses_steps:
+        return Stop(Outcome.STOPPED, ExitCode.STOPPED, reason, remedy)
+    code = ExitCode.INTERRUPTED if stop_signal == signal.SIGINT else ExitCode.TERMINATED
+    return Stop(Outcome.STOPPED, code, reason, remedy)
 
 
 def _cause(ended: Ended) -> str:

@@ -92,7 +92,13 @@ def _until_it_ends(
         view.note(f"{verdict.reason}: restart {restarts} of {budget}")
         _wait(verdict.after_s, wish)
         start_from = checkpoints.newest_usable(run)
-    return interrupted(wish.signal, has_checkpoint=bool(checkpoints.list_checkpoints(run)))
+    has_checkpoint = bool(checkpoints.list_checkpoints(run))
+    return interrupted(
+        wish.signal,
+        "between two attempts, as asked" if restarts else "before it began, as asked",
+        loses_steps=False,
+        has_checkpoint=has_checkpoint,
+    )
 
 
 class Attempt:
@@ -118,6 +124,7 @@ class Attempt:
         self._has_started = False
         self._word_since: float | None = None
         self._asked_since: float | None = None
+        self._forced: str | None = None
         self._jit_checked = 0.0
         self._compiling: list[str] = []
 
@@ -146,12 +153,20 @@ class Attempt:
             return_code = processes.end()
         self._follow(events, rows)
         word = last_word(read_events(self.run.journal), self.number)
-        return Ended(word, return_code, self.wish.signal, bool(checkpoints.list_checkpoints(self.run)))
+        return Ended(
+            word,
+            return_code,
+            stop_signal=self.wish.signal,
+            forced=self._forced,
+            has_started=self._has_started,
+            has_checkpoint=bool(checkpoints.list_checkpoints(self.run)),
+        )
 
     def close(self, ended: Ended, verdict: Restart | Stop) -> None:
-        """Journal what was decided."""
+        """Journal what was decided, if the disk allows: what the attempt came to is true without it."""
         outcome = verdict.outcome.value if isinstance(verdict, Stop) else "restart"
-        self.journal.append("attempt_ended", returncode=ended.return_code, verdict=outcome, reason=verdict.reason)
+        with suppress(StorageError):
+            self.journal.append("attempt_ended", returncode=ended.return_code, verdict=outcome, reason=verdict.reason)
 
     def _leave_lineage(self, start_from: checkpoints.Choice | None) -> None:
         """Put checkpoints out of reach that are newer than the one to go on from: they did not verify."""
@@ -196,10 +211,15 @@ class Attempt:
                 with writing(self.files.stop):
                     self.files.stop.touch()
                 self.view.note("stopping: the step is finished and saved; once more ends at once")
-            self.journal.append("stop_requested", by=signal.Signals(self.wish.signal).name)
-        if self.wish.is_urgent or not self._has_started:
-            return True  # before the first step there is nothing to save
-        return now - self._asked_since > STOP_GRACE_S
+            with suppress(StorageError):  # the stop is worth more than the record of it
+                self.journal.append("stop_requested", by=signal.Signals(self.wish.signal).name)
+        if not self._has_started:
+            self._forced = "before training began, as asked"  # there is nothing to save
+        elif self.wish.is_urgent:
+            self._forced = "ended at once, as asked"
+        elif now - self._asked_since > STOP_GRACE_S:
+            self._forced = f"it had not stopped {STOP_GRACE_S:.0f} s after it was asked to, and was ended"
+        return self._forced is not None
 
     def _clear_jit_cache(self) -> None:
         for folder in remove_stale_locks(cache_root(self.environment)):
