@@ -11,6 +11,9 @@ from mpt.recipe.schema import OffloadSection, Recipe
 from mpt.recipe.training_keys import training_arguments
 from mpt.terms import DeviceKind, Method, OffloadDevice, Precision, Strategy
 
+# What transformers and DeepSpeed can both build; the only optimizer whose states DeepSpeed updates on the CPU.
+TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
+
 
 def method_of(recipe: Recipe) -> Method:
     """What is trained: adapters on quantised weights, adapters, or every weight."""
@@ -144,7 +147,7 @@ def _check_offload(offload: OffloadSection, recipe: Recipe, machine: Machine, pr
         )
     if machine.kind is DeviceKind.MPS:
         raise UnsupportedError("offload was asked for, and DeepSpeed does not run on MPS", remedy="Leave it out.")
-    if offload.optimizer is not OffloadDevice.NONE and not optimizer_of(recipe).startswith("adamw_torch"):
+    if offload.optimizer is not OffloadDevice.NONE and optimizer_of(recipe) not in TORCH_ADAMW:
         raise MptError(
             f"offload.optimizer was asked for with training.optim {optimizer_of(recipe)}, and DeepSpeed's CPU "
             "optimizer is AdamW",

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpt.errors import MptError
+from mpt.planning.contradictions import TORCH_ADAMW
 from mpt.planning.model_facts import ModelFacts
 from mpt.planning.number_formats import SIXTEEN_BIT
 from mpt.recipe.training_keys import training_arguments as trainer_defaults
 from mpt.terms import DeviceKind, OffloadDevice, Precision, Strategy
 
-TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
 STEPS_PER_PRINT = 1_000_000_000  # never: mpt has its own metrics
 # DeepSpeed's documented defaults of asynchronous I/O (deepspeed.ai/docs/config-json, "Asynchronous I/O").
 ASYNCHRONOUS_IO = {

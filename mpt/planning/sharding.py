@@ -21,7 +21,14 @@ from typing import Any
 from mpt.errors import MptError
 from mpt.hardware.machine import Machine
 from mpt.planning.batching import AskedBatch, Batch, accumulation_for, choose_batch, possible_micro_batches
-from mpt.planning.contradictions import asked_offload, check_asked, choose_processes, method_of, optimizer_of
+from mpt.planning.contradictions import (
+    TORCH_ADAMW,
+    asked_offload,
+    check_asked,
+    choose_processes,
+    method_of,
+    optimizer_of,
+)
 from mpt.planning.decision import Decision, Origin, Rejected
 from mpt.planning.memory import MemoryEstimate, estimate_memory
 from mpt.planning.model_facts import ModelFacts
@@ -195,7 +202,7 @@ def _can_offload(recipe: Recipe, machine: Machine, precision: Precision) -> bool
         not machine.is_cpu
         and _can_shard(machine, precision)
         and method_of(recipe) is not Method.QLORA
-        and optimizer_of(recipe).startswith("adamw_torch")
+        and optimizer_of(recipe) in TORCH_ADAMW
         and recipe.distributed.strategy not in (Strategy.SINGLE, Strategy.DDP, Strategy.FSDP2)
     )
 

@@ -41,6 +41,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def measured_mib(config: dict[str, Any], *, weights: str, autocast: bool, checkpointing: bool, attention: str) -> float:
     """Run a step and follow every allocation: the highest sum of weights, states and what the step holds."""
+    torch.set_num_threads(1)  # small operations on shared cores: several threads take several times as long
     keys = {key: value for key, value in config.items() if key != "model_type"}
     settings = AutoConfig.for_model(config["model_type"], **keys)
     model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention).to(DTYPES[weights]).train()

@@ -32,7 +32,7 @@ TINY = {
     "vocab_size": 1000,
     "max_position_embeddings": 128,
 }
-# Two tables of 1000 x 64; blocks of 64 x (64 + 32 + 32) + 64 x 64 attention, 3 x 64 x 128 feed-forward, 2 norms; a norm.
+# Two tables of 1000 x 64; blocks of 64 x (64 + 32 + 32) + 64 x 64, 3 x 64 x 128 and 2 norms; a norm.
 TINY_PARAMETERS = 2 * 64_000 + 2 * (64 * 128 + 64 * 64 + 3 * 64 * 128 + 2 * 64) + 64
 
 

@@ -116,6 +116,7 @@ def test_asked_offload_chooses_a_stage_that_can_do_it(
         ("8xH100", {"offload": "nvme"}, "where the drive is"),
         ("8xH100", {"offload": "cpu", **QLORA}, "quantization"),
         ("8xH100", {"offload": "cpu", "training": {"optim": "lion_32bit"}}, "AdamW"),
+        ("8xH100", {"offload": "cpu", "training": {"optim": "adamw_torch_8bit"}}, "AdamW"),
         ("8xH100", {"distributed": {"strategy": "zero3"}, **QLORA}, "quantised weights can't be divided"),
         ("8xH100", {"distributed": {"strategy": "single", "processes_per_node": 2}}, "2 processes"),
         ("2x8xH100", {"distributed": {"strategy": "single"}}, "2 processes"),
