@@ -15,6 +15,8 @@ from typing import Any
 from mpt.errors import StorageError
 from mpt.running.run_directory import writing
 
+# How every record begins.
+OPENING = b'{"time"'
 LAST_WORDS = ("finished", "stopped", "diverged", "failed")
 
 
@@ -103,7 +105,7 @@ def _line_break_owed(descriptor: int) -> str:
 
 def _was_torn(line: bytes, error: ValueError) -> bool:
     """Whether a line is the beginning of a record that a kill cut: it opens like ours and breaks off."""
-    if not line.startswith(b'{"time"'):
+    if line[: len(OPENING)] != OPENING[: len(line)]:
         return False
     breaks_off = isinstance(error, json.JSONDecodeError) and error.pos >= len(error.doc.rstrip())
     return breaks_off or not line.endswith(b"}")

@@ -1,0 +1,70 @@
+"""One supervisor a run directory, and never one too few."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpt.errors import RunLockedError, StorageError
+from mpt.running.lock import locked
+
+HOLD = """
+import subprocess, sys, time
+from pathlib import Path
+from mpt.running.lock import locked
+with locked(Path(sys.argv[1])):
+    child = subprocess.Popen(["sleep", "60"])
+    print(child.pid, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_live_owner_is_named_with_pid_and_host(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locked(path), pytest.raises(RunLockedError) as error, locked(path):
+        pytest.fail("both hold it")
+    assert error.value.exit_code == 85
+    assert f"process {os.getpid()} on {socket.gethostname()}" in error.value.problem
+
+
+def test_the_lock_says_who_and_since_when_and_in_which_boot(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locked(path):
+        owner = json.loads(path.read_text())
+    assert owner["pid"] == os.getpid()
+    assert owner["boot_id"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def test_the_lock_of_a_killed_owner_is_taken_over_though_its_child_lives(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    owner = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    child = int(owner.stdout.readline())
+    try:
+        with pytest.raises(RunLockedError, match=f"process {owner.pid} "), locked(path):
+            pass
+        owner.kill()
+        owner.wait()
+        with locked(path):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        owner.stdout.close()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', '{"pid": 1, "host": "other", "since": "x"}' + " " * 500])
+def test_what_a_dead_owner_left_in_the_file_is_replaced(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "lock"
+    path.write_text(text)
+    with locked(path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_that_can_not_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="can't be written"), locked(tmp_path / "missing" / "lock"):
+        pass
