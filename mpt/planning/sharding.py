@@ -11,7 +11,7 @@ Everything that is left open is tried in the order of its price, and the first o
 5. Optimizer states on the CPU (Ren et al. 2021, ZeRO-Offload), then the weights too: every step waits for the bus.
 
 An option that fits only so small a micro batch that a pass holds fewer than 2048 tokens is passed over while a later
-one has room: small passes leave the matrix units idle.
+one of 1 to 4 has room: small passes leave the matrix units idle. Offload is tried only where nothing else fits.
 """
 
 from collections.abc import Iterator
@@ -128,8 +128,11 @@ def choose_layout(
     possible = possible_micro_batches(asked, world.value)
     enough = min(possible[0], -(-TOKENS_ENOUGH // sequence_length))
     trials: list[Trial] = []
+    taken: Trial | None = None
     impossible: dict[str, MptError] = {}
     for option in options(recipe, machine, precision, world.value):
+        if _offloads_unasked(option, recipe) and any(trial.memory.fits for trial in trials):
+            break
         try:
             work = _workload(option, recipe, machine, facts, precision, attention, sequence_length, per_node.value)
         except MptError as error:
@@ -139,10 +142,10 @@ def choose_layout(
             continue
         trials.append(_try(option, work, asked, machine))
         if trials[-1].memory.fits and trials[-1].batch.micro.value >= enough:
+            taken = trials[-1]
             break
     if not trials:
         raise next(iter(impossible.values()))
-    taken = next((trial for trial in (trials[-1], *trials) if _is_good(trial, enough)), None)
     taken = taken or next((trial for trial in trials if trial.memory.fits), trials[-1])
     rest = [trial for trial in trials if trial is not taken]
     return Layout(
@@ -258,8 +261,8 @@ def _try(option: Option, work: Workload, asked: AskedBatch, machine: Machine) ->
     return Trial(option, batch, need(batch.micro.value))
 
 
-def _is_good(trial: Trial, enough: int) -> bool:
-    return trial.memory.fits and trial.batch.micro.value >= enough
+def _offloads_unasked(option: Option, recipe: Recipe) -> bool:
+    return option.offload != NOTHING and asked_offload(recipe) is None
 
 
 def _strategy_decision(

@@ -12,7 +12,7 @@ from mpt.planning.decision import Origin
 from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.sharding import Layout, choose_layout
 from mpt.recipe.schema import Recipe
-from mpt.terms import Attention, DeviceKind, Precision, Strategy
+from mpt.terms import Attention, DeviceKind, OffloadDevice, Precision, Strategy
 
 SMALL = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
 QLORA = {"lora": {"rank": 8}, "quantization": {}}
@@ -74,6 +74,21 @@ def test_a_small_micro_batch_gives_way_to_a_layout_with_room() -> None:
         recipe, parse_machine("2xA100-80GB"), learn_model_facts(recipe), Precision.BF16, Attention.SDPA, 128
     )
     assert found.micro_batch_size.value * 128 >= 1024  # the largest of the usual sizes, 8
+
+
+@pytest.mark.parametrize("memory_gib", [6.0, 8.0, 9.0, 9.5, 10.0, 11.0, 12.0, 14.0, 16.0, 24.0])
+@pytest.mark.parametrize("machine", ["T4", "2xT4"])
+def test_nothing_is_offloaded_while_something_fits_without(machine: str, memory_gib: float) -> None:
+    named = parse_machine(machine)
+    devices = tuple(replace(device, memory_gib=memory_gib) for device in named.devices)
+    data = {"source": "text.txt", "sequence_length": 128}
+    recipe = Recipe.model_validate({"model": "Qwen/Qwen2.5-0.5B", "data": data})
+    without = recipe.model_copy(update={"offload": OffloadDevice.NONE})
+    found, kept = (
+        choose_layout(r, replace(named, devices=devices), learn_model_facts(r), Precision.FP16, Attention.SDPA, 128)
+        for r in (recipe, without)
+    )
+    assert (found.offload.value["optimizer"] == "cpu") is not kept.memory.fits
 
 
 @pytest.mark.parametrize("strategy", [Strategy.DDP, Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3, Strategy.FSDP2])
