@@ -74,6 +74,10 @@ def _environment(plan: Plan, processes: int, environment: Mapping[str, str]) -> 
     added = {key: value for key, value in added.items() if key not in environment}
     if plan.machine.is_cpu:
         added |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        # Threads that wait for each other actively steal the core that they wait for. On two busy cores a step of a
+        # small Llama took 1.7 to 2.9 s with libgomp's default and 0.5 to 0.9 s with this (AMD EPYC, torch 2.13).
+        if "OMP_WAIT_POLICY" not in environment:
+            added["OMP_WAIT_POLICY"] = "PASSIVE"
     return added
 
 
