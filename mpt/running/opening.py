@@ -6,7 +6,7 @@ Called with the plan made and before anything is started; a refusal leaves the d
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +101,10 @@ def _reopen(plan: Plan, run: RunDirectory, resume: str, accept_changes: bool, no
     events = read_events(run.journal)
     newest = max(run.attempt_numbers(), default=0)
     changes = _changes(plan, run, newest)
+    if changes and not _has_trained(run, events):
+        notes.append("nothing was trained yet, so the new values are taken")
+        accept_changes = True
+        shutil.rmtree(run.tokenizer, ignore_errors=True)  # made of what has changed, perhaps
     if changes and not accept_changes:
         listed = "\n".join(f"    {key}: {_say(was)} -> {_say(now)}" for key, was, now in changes)
         raise MptError(
@@ -124,6 +128,12 @@ def _reopen(plan: Plan, run: RunDirectory, resume: str, accept_changes: bool, no
         _write_recipe(plan, run)
     journal.append("run_resumed", checkpoint=None if start_from is None else start_from.path.name)
     return Opened(start_from, notes=tuple(notes))
+
+
+def _has_trained(run: RunDirectory, events: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a run came to its first step: from then on its values are what its numbers rest on."""
+    has_started = any(event["kind"] == "training_started" for event in events)
+    return has_started or bool(checkpoints.list_checkpoints(run))
 
 
 def _changes(plan: Plan, run: RunDirectory, newest: int) -> list[tuple[str, Any, Any]]:

@@ -82,6 +82,11 @@ class RunDirectory:
         return self.path / "incidents"
 
     @property
+    def tokenizer(self) -> Path:
+        """The tokenizer that the run trained on its own text, if it did."""
+        return self.path / "tokenizer"
+
+    @property
     def final(self) -> Path:
         return self.path / "final"
 

@@ -1,0 +1,82 @@
+"""What is allowed with a run directory that is already there."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mpt.running.opening import locate, opened
+from tests.running.small_runs import SmallRun, small_plan
+
+NewRun = Callable[..., SmallRun]
+
+
+def test_a_run_that_trained_nothing_takes_new_values_and_makes_its_tokenizer_anew(new_run: NewRun) -> None:
+    run = new_run(faults=[{"attempt": 1, "step": 0, "do": "2"}])
+    assert run.train().code == 2
+    tokenizer = run.directory.tokenizer
+    tokenizer.mkdir()
+    run.wishes = {}
+    mended = run.train("max_steps=30")
+    assert mended.code == 0
+    assert "nothing was trained yet" in mended.err
+    assert run.kinds("changes_accepted", "changes") == [[{"key": "training.max_steps", "was": 20, "now": 30}]]
+    assert not tokenizer.exists()
+
+
+def test_from_its_first_step_on_a_run_keeps_its_values(new_run: NewRun) -> None:
+    run = new_run(faults=[{"attempt": 1, "step": 1, "do": "2"}])  # it died in that step, before any checkpoint
+    assert run.train().code == 2
+    run.wishes = {}
+    refused = run.train("max_steps=30")
+    assert refused.code == 2
+    assert "training.max_steps: 20 -> 30" in refused.err
+    assert "--accept-changes" in refused.err
+
+
+def test_the_old_run_keeps_its_name_when_the_new_one_can_not_begin(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run()
+    assert run.train().code == 0
+    before = sorted(path.name for path in run.directory.path.iterdir())
+    mkdir = os.mkdir
+
+    def full(path: str, *arguments: int) -> None:
+        if Path(path) == run.directory.path:
+            raise OSError(28, "No space left on device")
+        mkdir(path, *arguments)
+
+    monkeypatch.setattr(os, "mkdir", full)
+    plan = small_plan()
+    with (
+        pytest.raises(Exception, match="No space left"),
+        opened(plan, locate(run.runs_dir, "small"), resume="never", accept_changes=False),
+    ):
+        pytest.fail("it began")
+    assert sorted(path.name for path in run.directory.path.iterdir()) == before
+    assert [path.name for path in run.runs_dir.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_folder_with_something_else_in_it_is_begun_in_and_keeps_it(new_run: NewRun, resume: str) -> None:
+    run = new_run()
+    run.directory.path.mkdir(parents=True)
+    run.directory.path.joinpath("notes.txt").write_text("mine")
+    assert run.train(resume=resume).code == 0
+    assert run.directory.path.joinpath("notes.txt").read_text() == "mine"
+
+
+def test_never_moves_the_old_run_aside_whole_each_time(new_run: NewRun) -> None:
+    run = new_run()
+    for _ in range(3):
+        assert run.train(resume="never").code == 0
+    assert sorted(path.name for path in run.runs_dir.iterdir()) == ["small", "small.old-1", "small.old-2"]
+    assert (run.runs_dir / "small.old-1" / "final" / "state").read_text() == run.state
+
+
+@pytest.mark.parametrize("name", ["../x", "", ".hidden", "a/b", "-x"])
+def test_a_name_that_is_no_folder_s_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(Exception, match="is no name for a run"):
+        locate(tmp_path, name)
