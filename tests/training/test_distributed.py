@@ -70,7 +70,7 @@ def test_weight_decay_skips_biases_and_norms_under_deepspeed_too(new_run: MakeRu
 def test_zero_in_16_bits_keeps_fp32_master_weights_and_resumes_exactly(
     strategy: str, precision: str, new_run: MakeRun, fp32_run: Run
 ) -> None:
-    asked = FP16 | {"loss_scale": {"initial": 2.0**27}} if precision == "fp16" else precision
+    asked = FP16 | {"loss_scale": {"initial": 2.0**22, "hysteresis": 1}} if precision == "fp16" else precision
     whole = new_run(**two_processes(strategy, precision=asked))
     assert whole.train(processes=2) == 0, whole.log()
     found = whole.audit()
@@ -85,6 +85,7 @@ def test_zero_in_16_bits_keeps_fp32_master_weights_and_resumes_exactly(
         assert whole.steps[8]["loss"] == pytest.approx(fp32_run.steps[8]["loss"], rel=0.01)
     else:
         assert whole.steps[1]["skipped"] and not whole.steps[8]["skipped"]
+        assert whole.steps[2]["loss_scale"] == 2.0**21
     resumed = continue_from(whole, "checkpoint-4", new_run, processes=2)
     assert resumed.trajectory == whole.trajectory
     assert all(torch.equal(final[name], tensor) for name, tensor in resumed.weights().items())
