@@ -161,15 +161,15 @@ def _zero(stage: int, hidden_size: int, offload: Mapping[str, Any], on_cpu: bool
 
 def _optimizer(arguments: Mapping[str, Any], offloads: bool, on_cpu: bool, notes: list[str]) -> dict[str, Any]:
     name, weight_decay = _argument(arguments, "optim"), _argument(arguments, "weight_decay")
-    if name in TORCH_ADAMW and not weight_decay and not arguments.get("optim_args"):
+    if name in TORCH_ADAMW and not arguments.get("optim_args"):
+        if weight_decay:
+            notes.append(
+                "weight decay: mpt train gives DeepSpeed the Trainer's parameter groups, which keep it off biases and "
+                "norms; another program that reads this file decays every parameter unless it does the same"
+            )
         return {"optimizer": {"type": "AdamW", "params": _adamw(arguments, name, offloads, on_cpu)}}
     if name not in TORCH_ADAMW:
         reason = f"training.optim is {name}, which DeepSpeed does not build"
-    elif weight_decay:
-        reason = (
-            f"training.weight_decay is {weight_decay:g}, which transformers keeps off biases and norms and DeepSpeed's "
-            "own optimizer would put on every parameter"
-        )
     else:
         reason = "training.optim_args are for transformers' optimizer"
     notes.append(f"no optimizer section: {reason}; the Trainer builds the optimizer and hands it to DeepSpeed")

@@ -78,9 +78,8 @@ def _sum_dtype(key: str, asked: str | None, precision: Precision, strategy: Stra
     if strategy.zero_stage is not None:
         if asked is not None:
             return Decision(asked, Origin.ASKED, "the recipe asks for it")
-        return Decision(
-            "fp32", Origin.AUTO, f"gradients are {what} in fp32; DeepSpeed alone would in 16 bits"
-        )
+        reason = f"gradients are {what} in fp32; DeepSpeed alone would in 16 bits"
+        return Decision("fp32", Origin.AUTO, reason)
     of_gradients = "bf16" if precision is Precision.BF16_PURE else "fp32"
     if asked not in (None, of_gradients):
         raise MptError(

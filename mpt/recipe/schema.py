@@ -175,9 +175,9 @@ class PrecisionSection(Section):
     allow_emulation: Flag = False
     """Take a precision that a device can't compute natively, and train slower in it."""
     reduce_dtype: Dtype | None = None
-    """Format in which gradients are summed over ranks. Left out: fp32."""
+    """Format in which gradients are summed over ranks. Left out: fp32 (bf16_pure: bf16)."""
     grad_accum_dtype: Dtype | None = None
-    """Format in which gradients are accumulated over micro batches. Left out: fp32."""
+    """Format in which gradients are accumulated over micro batches. Left out: fp32 (bf16_pure: bf16)."""
 
     @model_validator(mode="after")
     def _loss_scale_is_fp16(self) -> Self:
@@ -196,7 +196,8 @@ class DistributedSection(Section):
 
 
 class OffloadSection(Section):
-    """What ZeRO keeps off the accelerator. `offload: cpu` is short for both to the CPU (parameters need zero3)."""
+    """What ZeRO keeps off the accelerator. `offload: cpu` is short for optimizer and parameters under zero3, and for the
+    optimizer under zero1 and zero2."""
 
     optimizer: OffloadDevice = OffloadDevice.NONE
     """Optimizer states and fp32 master weights."""
@@ -242,7 +243,10 @@ class SampleSection(Section):
     prompt: Text
     """What the text begins with."""
     max_new_tokens: PositiveInt = 64
-    """Tokens to generate, greedily."""
+    """Tokens to generate."""
+    temperature: Annotated[Number, Field(ge=0)] = 0.0
+    """0 takes the likeliest token each time; above it tokens are drawn, from `training.seed`, the more freely the
+    higher."""
 
 
 class RestartSection(Section):

@@ -136,7 +136,9 @@ def _finish(plan: Plan, run: RunDirectory, trainer: PlanTrainer, tokenizer: Any,
     step = trainer.state.global_step
     eval_loss = None
     if trainer.eval_dataset is not None:
-        eval_loss = trainer.evaluate().get("eval_loss")
+        # These very weights may have been evaluated at the last step; the best ones, loaded since then, have not.
+        known = None if trainer.args.load_best_model_at_end else trainer.last_evaluation
+        eval_loss = known[1] if known and known[0] == step else trainer.evaluate().get("eval_loss")
     phase("saving")
     state_dict = full_weights(trainer.model, keep=trainer.watch.is_writer) if trainer.is_deepspeed_enabled else None
     if trainer.watch.is_writer:
@@ -151,7 +153,7 @@ def _finish(plan: Plan, run: RunDirectory, trainer: PlanTrainer, tokenizer: Any,
 
 
 def _sample(plan: Plan, trainer: PlanTrainer, tokenizer: Any) -> None:
-    """Generate greedily from the recipe's prompt. Every rank takes part where the weights are divided (ZeRO-3)."""
+    """Generate from the recipe's prompt. Every rank takes part where the weights are divided (ZeRO-3)."""
     section = plan.recipe.sample
     assert section is not None
     is_divided = trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() == 3
@@ -161,12 +163,14 @@ def _sample(plan: Plan, trainer: PlanTrainer, tokenizer: Any) -> None:
     model.eval()
     prompt = tokenizer(section.prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id or 0]
     tokens = torch.tensor([prompt], device=trainer.args.device)
+    torch.manual_seed(trainer.args.seed)
     with torch.no_grad():
         written = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=section.max_new_tokens,
-            do_sample=False,
+            do_sample=section.temperature > 0,
+            temperature=section.temperature or None,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             synced_gpus=is_divided,

@@ -40,6 +40,7 @@ class PlanTrainer(Trainer):
         self.watch = watch
         self.audit = audit
         self.newest_checkpoint: str | None = None
+        self.last_evaluation: tuple[int, float | None] | None = None
         self._staging: Path | None = None
         if watch.is_writer:
             clear_staging(run.checkpoints)
@@ -137,6 +138,7 @@ class PlanTrainer(Trainer):
         with unchanged_randomness():
             metrics = super().evaluate(*arguments, **keywords)
         loss = metrics.get("eval_loss")
+        self.last_evaluation = (self.state.global_step, loss)
         if self.watch.is_writer:
             self.journal.append("evaluated", step=self.state.global_step, eval_loss=loss)
         plain = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}

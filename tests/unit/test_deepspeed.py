@@ -179,7 +179,6 @@ def test_deepspeed_compiles_an_optimizer_only_for_states_offloaded_from_a_gpu(
 @pytest.mark.parametrize(
     ("training", "said"),
     [
-        ({"weight_decay": 0.1}, "keeps off biases and norms"),
         ({"optim": "adafactor"}, "training.optim is adafactor"),
         ({"optim_args": "foo=1"}, "optim_args"),
     ],
@@ -196,9 +195,16 @@ def test_an_optimizer_that_deepspeed_would_build_otherwise_is_left_to_the_traine
 
 def test_an_optimizer_of_the_trainer_goes_with_offload_on_a_cpu_without_being_compiled() -> None:
     config = config_of(
-        "cpu", stage=2, offloaded=OffloadSection(optimizer=OffloadDevice.CPU), training={"weight_decay": 0.1}
+        "cpu", stage=2, offloaded=OffloadSection(optimizer=OffloadDevice.CPU), training={"optim_args": "foo=1"}
     )
     assert config["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_weight_decay_stands_in_the_optimizer_section_and_a_note_says_which_parameters_it_is_for() -> None:
+    plan, notes = plan_of(stage=2, training={"weight_decay": 0.1})
+    assert plan.deepspeed is not None
+    assert plan.deepspeed["optimizer"]["params"]["weight_decay"] == 0.1
+    assert any("biases and norms" in note for note in notes)
 
 
 def test_there_is_no_scheduler_section_and_a_note_says_why() -> None:
