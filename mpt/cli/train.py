@@ -34,14 +34,16 @@ def train(
 ) -> None:
     """Train a recipe, or go on with a run that was interrupted."""
     from mpt.cli.plan import make_plan
+    from mpt.running.opening import locate
 
+    if name is not None:
+        locate(runs_dir, name)
     plan = make_plan(recipe, overrides or [], machine, name)
     if dry_run:
         _print_dry_run(plan, as_json)
         return
 
     from mpt.planning.engines import check_trainable
-    from mpt.running.opening import locate
 
     run = locate(runs_dir, plan.name)
     _check_machine(plan, machine)

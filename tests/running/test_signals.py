@@ -126,7 +126,7 @@ def test_a_reader_that_goes_away_does_not_end_the_training(new_run: NewRun) -> N
 
 @pytest.mark.slow
 def test_a_stop_reaches_both_ranks_of_torchrun_and_none_is_left(new_run: NewRun) -> None:
-    run = new_run(step_s=0.3, rank_1_s=0)
+    run = new_run(step_s=0.3)
     process = training(run, "processes=2")
     process.send_signal(signal.SIGINT)
     time.sleep(ONE_WISH_S + 0.2)

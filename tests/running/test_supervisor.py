@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -275,14 +274,12 @@ def test_the_supervisor_stays_small(new_run: NewRun) -> None:
 @pytest.mark.slow
 def test_one_of_two_ranks_killed_ends_both_and_the_run_goes_on(new_run: NewRun, undisturbed: str) -> None:
     """Through the real torchrun."""
-    run = new_run(step_s=0.1, rank_1_s=30, faults=[{"attempt": 1, "step": 8, "rank": 1, "do": "kill"}])
+    run = new_run(step_s=0.1, faults=[{"attempt": 1, "step": 8, "rank": 1, "do": "kill"}])
     process = run.start("processes=2")
     wait_until(lambda: run.kinds("attempt_ended", "verdict") == ["restart"], timeout=100)
-    run_again_at = time.monotonic()
     run.wishes = {}
     ended = wait(process)
     assert (ended.code, ended.summary["attempts"]) == (0, 2), ended.err
-    assert time.monotonic() - run_again_at < 90
     assert not workers_of(run)
     assert run.state == undisturbed
 
