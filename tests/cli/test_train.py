@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.real_runs import ROOT, Folder, environment
+from tests.running.small_runs import wait_until
 
 HUGE = (
     "model={config: {model_type: llama, hidden_size: 16384, intermediate_size: 65536, num_hidden_layers: 120, "
@@ -152,11 +153,10 @@ def test_the_same_recipe_with_other_values_is_refused(
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path) -> None:
-    run = RunDirectory(folder / "runs/tiny")
-    command = ("tiny.yaml", "--json", "training.max_steps=300", "training.save_steps=1000")
-    process = start(folder, *command)
-    wait_until(lambda: run.metrics.exists() and '"step": 1,' in run.metrics.read_text(), timeout=200)
+def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Folder) -> None:
+    command = ("tiny.yaml", "--json", "training={max_steps: 300, save_steps: 1000, learning_rate: 1e-3}")
+    process = folder.start(*command)
+    wait_until(lambda: bool(folder.rows) or process.poll() is not None, timeout=300)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 80, err
@@ -165,9 +165,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path) -> None:
     assert summary["outcome"] == "stopped"
     assert f"stopped: at step {step}, as asked; saved as checkpoint-{step}" in err
     assert "The same command goes on from there." in err
-    done = train(folder, *command)
+    done = folder.train(*command)
     assert (done.returncode, json.loads(done.stdout)["steps"]) == (0, 300), done.stderr
-    started = [event["resume_from"] for event in read_events(run.journal) if event["kind"] == "attempt_started"]
-    assert started == [None, f"checkpoint-{step}"]
-    steps = [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()]
+    assert folder.listed("attempt_started", "resume_from") == [None, f"checkpoint-{step}"]
+    steps = [row["step"] for row in folder.rows if "loss" in row]
     assert steps == list(range(1, 301))  # none was lost, and none done twice
