@@ -1,6 +1,7 @@
 """A plan as a command and its environment; starting and ending the processes of an attempt."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -21,6 +22,7 @@ MARK = "MPT_ATTEMPT"
 FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 FOREIGN_PREFIXES = ("TORCHELASTIC_", "PET_", "ACCELERATE_", "FSDP_")
 END_S = 10.0
+REPORT_BYTES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,20 @@ class Processes:
                     continue
             time.sleep(0.01)
         return code
+
+
+def killed_rank(log: Path) -> tuple[int, int] | None:
+    """Find in torchrun's report at the end of a log which rank a signal ended first, and which signal.
+
+    None where there is no such report, or where the first to fail ended by itself or was asked to end (SIGTERM).
+    """
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - REPORT_BYTES))
+        report = file.read().decode(errors="replace").rpartition("Root Cause (first observed failure)")
+    found = re.search(r"rank +: (\d+) .*?exitcode +: -(\d+) ", report[2], re.DOTALL) if report[1] else None
+    if found is None or int(found[2]) == signal.SIGTERM:
+        return None
+    return int(found[1]), int(found[2])
 
 
 def _marked(mark: str) -> list[int]:

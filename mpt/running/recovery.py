@@ -33,7 +33,8 @@ class Ended:
 
     `word` is its last word in the journal, None where it died without one; the return code is a hint only, because
     torchrun turns every cause into 1. `stop_signal` is what the user sent, None where nothing; `forced` says why the
-    supervisor ended the attempt, None where it ended by itself.
+    supervisor ended the attempt, None where it ended by itself. `killed_rank` is the rank that a signal ended first,
+    with the signal: what the other ranks then say of lost connections is noise.
     """
 
     word: dict[str, Any] | None
@@ -42,6 +43,7 @@ class Ended:
     forced: str | None = None
     has_started: bool = True
     has_checkpoint: bool = False
+    killed_rank: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +117,19 @@ def interrupted(stop_signal: int, reason: str, *, loses_steps: bool, has_checkpo
 
 
 def _cause(ended: Ended) -> str:
+    if ended.killed_rank is not None:
+        return _killed(f"rank {ended.killed_rank[0]}", ended.killed_rank[1])
     if ended.word is not None:
         return str(ended.word["problem"])
-    if ended.return_code == -signal.SIGKILL:
-        return "the worker was killed (SIGKILL), by somebody or by the kernel for want of memory"
     if ended.return_code < 0:
-        return f"the worker was killed by signal {-ended.return_code}"
+        return _killed("the worker", -ended.return_code)
     return f"a worker died without a last word (exit status {ended.return_code})"
+
+
+def _killed(who: str, number: int) -> str:
+    if number == signal.SIGKILL:
+        return f"{who} was killed (SIGKILL), by somebody or by the kernel for want of memory"
+    return f"{who} was killed by signal {number}"
 
 
 def _times(restarts: int) -> str:

@@ -18,7 +18,7 @@ from mpt.running import checkpoints
 from mpt.running.follow import LineFollower
 from mpt.running.jit_cache import builds, cache_root, remove_stale_locks
 from mpt.running.journal import LAST_WORDS, Journal, last_word, read_events
-from mpt.running.launcher import Command, Processes, build_command
+from mpt.running.launcher import Command, Processes, build_command, killed_rank
 from mpt.running.recovery import Ended, Outcome, Restart, Stop, decide, interrupted
 from mpt.running.run_directory import RunDirectory, write_json, writing
 from mpt.running.signals import StopWish
@@ -160,6 +160,7 @@ class Attempt:
             forced=self._forced,
             has_started=self._has_started,
             has_checkpoint=bool(checkpoints.list_checkpoints(self.run)),
+            killed_rank=killed_rank(self.files.log),
         )
 
     def close(self, ended: Ended, verdict: Restart | Stop) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mpt.planning.plan import Plan
-from mpt.running.launcher import Command, Processes, build_command
+from mpt.running.launcher import Command, Processes, build_command, killed_rank
 from mpt.running.run_directory import RunDirectory
 from tests.running.small_runs import SmallRun, is_alive, small_plan, wait_until
 
@@ -110,6 +110,37 @@ def test_ending_leaves_no_process_whatever_session_it_is_in(tmp_path: Path) -> N
     assert all(map(is_alive, children))
     assert processes.end() == -9
     assert not any(map(is_alive, children))
+
+
+REPORT = """
+Failures:
+[1]:
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 11)  (SIGTERM)
+Root Cause (first observed failure):
+[0]:
+  rank      : 3 (local_rank: 3)
+  exitcode  : {code} (pid: 12)
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (REPORT.format(code=-9), (3, 9)),
+        (REPORT.format(code=-11), (3, 11)),
+        (REPORT.format(code=1), None),
+        (REPORT.format(code=-15), None),
+        ("no report", None),
+        ("", None),
+    ],
+)
+def test_torchrun_s_report_names_the_rank_that_was_killed(
+    tmp_path: Path, text: str, found: tuple[int, int] | None
+) -> None:
+    log = tmp_path / "worker.log"
+    log.write_text("a line\n" * 5000 + text)
+    assert killed_rank(log) == found
 
 
 @pytest.mark.slow

@@ -280,6 +280,7 @@ def test_one_of_two_ranks_killed_ends_both_and_the_run_goes_on(new_run: NewRun, 
     run.wishes = {}
     ended = wait(process)
     assert (ended.code, ended.summary["attempts"]) == (0, 2), ended.err
+    assert "rank 1 was killed (SIGKILL)" in ended.err
     assert not workers_of(run)
     assert run.state == undisturbed
 

@@ -64,6 +64,12 @@ def test_a_crash_is_tried_again_until_the_budget_is_spent(
     assert reason in verdict.reason
 
 
+def test_a_killed_rank_is_the_cause_and_not_what_its_peers_then_say() -> None:
+    verdict = decide(Ended(failed(1), 1, killed_rank=(1, signal.SIGKILL)), 0, max_restarts=3)
+    assert isinstance(verdict, Restart)
+    assert verdict.reason == "rank 1 was killed (SIGKILL), by somebody or by the kernel for want of memory"
+
+
 def test_no_budget_is_no_restart_and_the_pause_has_a_bound() -> None:
     assert isinstance(decide(Ended(None, 1), 0, max_restarts=0), Stop)
     verdict = decide(Ended(None, 1), 99, max_restarts=100)
