@@ -61,11 +61,13 @@ class RecipeProblem:
 class RecipeError(MptError):
     """Everything that is wrong with a recipe, at once."""
 
-    def __init__(self, problems: Sequence[RecipeProblem]) -> None:
-        super().__init__(
-            "\n".join(str(problem) for problem in problems),
-            remedy="Mend the lines above; `mpt validate RECIPE` checks again, `mpt schema` lists every key.",
-        )
+    def __init__(
+        self,
+        problems: Sequence[RecipeProblem],
+        *,
+        remedy: str = "Mend the lines above; `mpt validate RECIPE` checks again, `mpt schema` lists every key.",
+    ) -> None:
+        super().__init__("\n".join(str(problem) for problem in problems), remedy=remedy)
         self.problems = tuple(problems)
 
 

@@ -83,7 +83,7 @@ def _sum_dtype(key: str, asked: str | None, precision: Precision, strategy: Stra
     of_gradients = "bf16" if precision is Precision.BF16_PURE else "fp32"
     if asked not in (None, of_gradients):
         raise MptError(
-            f"precision.{key}: {asked} was asked for, and {strategy} sums gradients in their own format, {of_gradients}",
+            f"precision.{key}: {asked} was asked for, and {strategy} sums gradients as they are, in {of_gradients}",
             remedy=f"Leave precision.{key} out, or ask for `distributed: {{strategy: zero2}}`, which has the choice.",
         )
     origin = Origin.DERIVED if asked is None else Origin.ASKED

@@ -8,6 +8,8 @@ from pathlib import Path
 from mpt.errors import RecipeError, RecipeProblem
 from mpt.recipe.yaml_text import read_yaml
 
+LOOK = "`mpt recipes list` shows the built-in recipes, `mpt recipes copy NAME FILE` begins with one of them."
+
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
@@ -42,7 +44,9 @@ def find_built_in(name: str) -> Path:
         return built_in[name]
     near = get_close_matches(Path(name).name.removesuffix(".yaml").removesuffix(".yml"), sorted(built_in), n=3)
     suggestion = f"did you mean {' or '.join(near)}?" if near else f"built in are {', '.join(sorted(built_in))}"
-    raise RecipeError([RecipeProblem(name, None, "", "there is no built-in recipe of that name", suggestion)])
+    raise RecipeError(
+        [RecipeProblem(name, None, "", "there is no built-in recipe of that name", suggestion)], remedy=LOOK
+    )
 
 
 def find_recipe(name_or_path: str) -> Path:
@@ -59,7 +63,7 @@ def find_recipe(name_or_path: str) -> Path:
     except OSError as error:
         suggestion = f"check the path: {error.strerror}"
     problem = "there is no such file and no built-in recipe of that name"
-    raise RecipeError([RecipeProblem(name_or_path, None, "", problem, suggestion)])
+    raise RecipeError([RecipeProblem(name_or_path, None, "", problem, suggestion)], remedy=LOOK)
 
 
 def copied_text(path: Path) -> str:

@@ -196,8 +196,8 @@ class DistributedSection(Section):
 
 
 class OffloadSection(Section):
-    """What ZeRO keeps off the accelerator. `offload: cpu` is short for optimizer and parameters under zero3, and for the
-    optimizer under zero1 and zero2."""
+    """What ZeRO keeps off the accelerator. `offload: cpu` is short for optimizer and parameters under zero3, and
+    for the optimizer under zero1 and zero2."""
 
     optimizer: OffloadDevice = OffloadDevice.NONE
     """Optimizer states and fp32 master weights."""

@@ -8,7 +8,6 @@ wrong. Called by `mpt.training.data`.
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from mpt.errors import MptError
 from mpt.recipe.schema import DataSection
+from mpt.recipe.sources import FILL, check_builtin, expand
 
-BUILTIN = "builtin:python-reference"
 TEXT = "text"
 
 # Suffix -> the builder of `datasets`, and its options. Of a CSV every cell is taken as it stands: pandas would turn
@@ -33,7 +32,6 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
 }
 
-FILL = "Remove it from data.source, or fill it."
 BUILDING_FAILED = (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid, ValueError, OSError)
 
 
@@ -66,35 +64,6 @@ def stream_corpus(section: DataSection, source: str | list[str], *, split: str) 
     return streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams)
 
 
-def expand(source: str) -> list[Path]:
-    """List the files that a path or glob names, sorted. Raises MptError where there is none, or of an unknown kind."""
-    if has_magic(source):
-        # Path.glob takes no absolute pattern.
-        paths = sorted(Path(name) for name in glob(source, recursive=True) if Path(name).is_file())  # noqa: PTH207
-        if not paths:
-            raise MptError(
-                f"data.source: no file matches {source}", remedy=f"Mend the pattern; mpt looked in {Path.cwd()}."
-            )
-    else:
-        paths = [Path(source)]
-        if paths[0].is_dir():
-            raise MptError(
-                f"data.source: {source} is a directory",
-                remedy=f"Name the files in it, such as {source.rstrip('/')}/*.txt.",
-            )
-        if not paths[0].exists():
-            raise MptError(
-                f"data.source: {source} does not exist", remedy=f"Mend the path; mpt looked in {Path.cwd()}."
-            )
-    for path in paths:
-        if path.suffix.lower() not in BUILDERS:
-            raise MptError(
-                f"data.source: {path} is of no known kind",
-                remedy=f"mpt reads {' '.join(sorted(BUILDERS))}, by the suffix.",
-            )
-    return paths
-
-
 def builtin_documents() -> list[str]:
     """List the Python language reference as it comes with Python: a document a topic, in the order of their names."""
     from pydoc_data.topics import topics
@@ -103,10 +72,9 @@ def builtin_documents() -> list[str]:
 
 
 def _read_one(section: DataSection, source: str, *, split: str) -> datasets.Dataset:
-    if source == BUILTIN:
-        return datasets.Dataset.from_dict({TEXT: builtin_documents()})
     if source.startswith("builtin:"):
-        raise MptError(f"data.source: there is no {source}", remedy=f"The built-in corpus is {BUILTIN}.")
+        check_builtin(source)
+        return datasets.Dataset.from_dict({TEXT: builtin_documents()})
     if source.startswith("hub:"):
         table = _load_hub(section, source, split, streaming=False)
         return _text_only(table, section.text_column, source)

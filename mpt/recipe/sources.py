@@ -1,0 +1,68 @@
+"""The files that `data.source` names: found, readable, of a known kind. Asked before a run, and by the reader."""
+
+import os
+from glob import glob, has_magic
+from pathlib import Path
+
+from mpt.errors import MptError
+from mpt.recipe.schema import DataSection
+
+BUILTIN = "builtin:python-reference"
+SUFFIXES = (".csv", ".json", ".jsonl", ".md", ".parquet", ".txt")
+FILL = "Remove it from data.source, or fill it."
+
+
+def check_sources(section: DataSection) -> None:
+    """Look for every local source of a recipe; hub data sets are looked for when they are loaded.
+
+    Raises MptError for a source that isn't there, can't be read, is of no known kind, or holds nothing at all.
+    """
+    for named in (section.source, section.eval_source or []):
+        for source in [named] if isinstance(named, str) else named:
+            if source.startswith("builtin:"):
+                check_builtin(source)
+            elif not source.startswith("hub:"):
+                expand(source)
+
+
+def check_builtin(source: str) -> None:
+    """Raise MptError for a built-in corpus that there isn't."""
+    if source != BUILTIN:
+        raise MptError(f"data.source: there is no {source}", remedy=f"The built-in corpus is {BUILTIN}.")
+
+
+def expand(source: str) -> list[Path]:
+    """List the files that a path or glob names, sorted. Raises MptError where none can be read."""
+    paths = _matching(source) if has_magic(source) else [_existing(source)]
+    for path in paths:
+        if path.suffix.lower() not in SUFFIXES:
+            raise MptError(
+                f"data.source: {path} is of no known kind", remedy=f"mpt reads {' '.join(SUFFIXES)}, by the suffix."
+            )
+        if not os.access(path, os.R_OK):
+            raise MptError(f"data.source: {path} can't be read", remedy="Mend its permissions.")
+    if not any(path.stat().st_size for path in paths):
+        raise MptError(f"data.source: {source} is empty", remedy=FILL)
+    return paths
+
+
+def _matching(pattern: str) -> list[Path]:
+    # Path.glob takes no absolute pattern.
+    paths = sorted(Path(name) for name in glob(pattern, recursive=True) if Path(name).is_file())  # noqa: PTH207
+    if not paths:
+        raise MptError(
+            f"data.source: no file matches {pattern}", remedy=f"Mend the pattern; mpt looked in {Path.cwd()}."
+        )
+    return paths
+
+
+def _existing(source: str) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        raise MptError(
+            f"data.source: {source} is a directory",
+            remedy=f"Name the files in it, such as {source.rstrip('/')}/*.txt.",
+        )
+    if not path.exists():
+        raise MptError(f"data.source: {source} does not exist", remedy=f"Mend the path; mpt looked in {Path.cwd()}.")
+    return path
