@@ -44,11 +44,13 @@ def train(
         return
 
     from mpt.planning.engines import check_trainable
+    from mpt.recipe.sources import check_sources
 
     run = locate(runs_dir, plan.name)
     _check_machine(plan, machine)
     _explain(plan)
     check_trainable(plan)
+    check_sources(plan.recipe.data)
     _check_packages(plan)
     verdict = _carry_out(plan, run, resume, accept_changes)
     _report(run, verdict, as_json)

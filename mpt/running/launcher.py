@@ -132,9 +132,13 @@ def killed_rank(log: Path) -> tuple[int, int] | None:
 
     None where there is no such report, or where the first to fail ended by itself or was asked to end (SIGTERM).
     """
-    with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - REPORT_BYTES))
-        report = file.read().decode(errors="replace").rpartition("Root Cause (first observed failure)")
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - REPORT_BYTES))
+            end = file.read().decode(errors="replace")
+    except OSError:
+        return None  # deleted meanwhile, or its disk is gone
+    report = end.rpartition("Root Cause (first observed failure)")
     found = re.search(r"rank +: (\d+) .*?exitcode +: -(\d+) ", report[2], re.DOTALL) if report[1] else None
     if found is None or int(found[2]) == signal.SIGTERM:
         return None
