@@ -52,10 +52,10 @@ def to_training_arguments(
     if precision is Precision.TF32:
         keywords["tf32"] = True
     if gradient_checkpointing:
-        keywords["gradient_checkpointing"] = True
+        keywords["activation_checkpointing"] = True  # gradient_checkpointing goes by this name since 5.23
         # Reentrant checkpointing leaves adapters on a frozen base without gradient, silently (peft#1142).
-        keywords["gradient_checkpointing_kwargs"] = {"use_reentrant": False} | (
-            asked.get("gradient_checkpointing_kwargs") or asked.get("activation_checkpointing_kwargs") or {}
+        keywords["activation_checkpointing_kwargs"] = {"use_reentrant": False} | (
+            asked.get("activation_checkpointing_kwargs") or asked.get("gradient_checkpointing_kwargs") or {}
         )
-        keywords.pop("activation_checkpointing_kwargs", None)
+        keywords.pop("gradient_checkpointing_kwargs", None)
     return keywords

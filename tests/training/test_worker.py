@@ -216,25 +216,20 @@ def wait_for(what: Callable[[], Any], seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", ["stop file", "SIGTERM"])
-def test_a_stop_saves_at_the_next_step_and_the_run_goes_on_as_if_it_had_not_been(how: str, new_run: MakeRun) -> None:
+def test_sigterm_saves_at_the_next_step_and_the_run_goes_on_as_if_it_had_not_been(new_run: MakeRun) -> None:
     whole = new_run(training={"max_steps": 150, "save_steps": 1000})
     whole.prepare()
     process = whole.start()
     wait_for(lambda: whole.directory.metrics.exists() and len(whole.steps) >= 3)
     os.kill(process.pid, signal.SIGINT)  # Ctrl-C is the supervisor's
-    if how == "SIGTERM":
-        os.kill(process.pid, signal.SIGTERM)
-    else:
-        whole.directory.attempt(1).stop.touch()
+    os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 80, whole.log()
     word = whole.last_word()
     assert word["kind"] == "stopped"
     assert 3 <= word["step"] < 150
-    assert whole.texts("stop_requested", "by") == [how]
+    assert whole.texts("stop_requested", "by") == ["SIGTERM"]
     assert checkpoints.verify(whole.directory.checkpoints / word["checkpoint"]) is None
     assert max(whole.steps) == word["step"]
-    whole.directory.attempt(1).stop.unlink(missing_ok=True)
     assert whole.train(2, word["checkpoint"]) == 0, whole.log(2)
     assert sorted(whole.steps) == list(range(1, 151))
 
