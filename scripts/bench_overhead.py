@@ -45,7 +45,12 @@ def with_mpt(steps: int, options: argparse.Namespace, folder: str) -> list[str]:
     return [
         *(sys.executable, "-m", "mpt", "train", "recipes/quickstart.yaml", "--resume", "never", "--runs-dir", folder),
         *(f"precision={options.precision}", f"micro_batch_size={options.batch}", f"global_batch_size={options.batch}"),
-        *("data.eval_fraction=0", f"data.sequence_length={SEQUENCE_LENGTH}", f"training={json.dumps(training)}"),
+        *(
+            "data.eval_fraction=0",
+            "sample=null",
+            f"data.sequence_length={SEQUENCE_LENGTH}",
+            f"training={json.dumps(training)}",
+        ),
     ]
 
 

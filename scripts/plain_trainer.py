@@ -1,7 +1,6 @@
 """The reference of `scripts/bench_overhead`: a training script without mpt, as one would write it for the same run.
 
-Same model, tokenizer, data, batch, schedule and precision as the quickstart recipe; nothing is watched, audited or
-saved.
+Same model, tokenizer, data, schedule and precision as the quickstart recipe; nothing is watched, audited or saved.
 """
 
 import argparse
@@ -20,17 +19,17 @@ options = parser.parse_args()
 
 documents = list(pydoc_data.topics.topics.values())
 tokenizer = ByteLevelBPETokenizer()
-tokenizer.train_from_iterator(documents, vocab_size=4096, special_tokens=["<|endoftext|>"], show_progress=False)
+tokenizer.train_from_iterator(documents, vocab_size=2048, special_tokens=["<|endoftext|>"], show_progress=False)
 tokens = [token for encoding in tokenizer.encode_batch(documents) for token in [*encoding.ids, 0]]
 length = 256
 blocks = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
 
 set_seed(42)
 config = LlamaConfig(
-    vocab_size=4096,
+    vocab_size=2048,
     hidden_size=256,
-    intermediate_size=704,
-    num_hidden_layers=4,
+    intermediate_size=688,
+    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=512,

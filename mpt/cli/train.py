@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -141,7 +142,8 @@ def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
     sample = last_sample(run)
     if sample is not None:
         # A model may generate what would steer the terminal.
-        text = "".join(c for c in f"{sample['prompt']}{sample['text']}" if c.isprintable() or c in "\n\t")
+        written = f"{sample['prompt']}{sample['text']}"
+        text = re.sub(r"\n{3,}", "\n\n", "".join(c for c in written if c.isprintable() or c in "\n\t"))
         _say(f"\n{text}\n")
     named = (("train", summary["train_loss"]), ("evaluation", summary["eval_loss"]))
     losses = [f"{what} loss {loss:.4f}" for what, loss in named if isinstance(loss, float)]

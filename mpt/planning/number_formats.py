@@ -67,7 +67,7 @@ def _stored(
         split = every("fp32", "ZeRO keeps fp32 master weights and optimizer states, divided over the ranks")
         engine = f"DeepSpeed's {half} engine computes with {half} copies of the master weights"
         return split | {key: Decision(half, Origin.DERIVED, engine) for key in ("weights_dtype", "gradient_dtype")}
-    reason = "fp32 master weights: in 16 bits small updates would vanish"
+    reason = "master weights, because in 16 bits small updates would vanish"
     if checkpoint_dtype in ("bf16", "fp16"):
         reason += f" (the checkpoint is {checkpoint_dtype}; transformers alone would train in it)"
     return every("fp32", reason)
