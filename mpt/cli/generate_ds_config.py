@@ -43,9 +43,9 @@ def generate_ds_config(
     if output is None:
         print(text, end="")
     else:
-        from mpt.running.run_directory import write_atomically
+        from mpt.cli.output import write_output
 
-        write_atomically(output, text)
+        write_output(output, text)
     for line in decision_lines(plan, notes):
         print(line, file=sys.stderr)
     if output is not None:

@@ -3,7 +3,9 @@
 Start-up is part of the product: a command's module imports what it needs inside the command.
 """
 
+import errno
 import os
+import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -62,15 +64,25 @@ _register()
 
 def main() -> NoReturn:
     """Run the command line and end the process with the documented exit code."""
+    if sys.argv[1:2] != ["train"]:
+        # A reader that goes away (`mpt plan ... | head`) ends the command quietly. A run must outlive its readers.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         app()
+        sys.stdout.flush()
     except MptError as error:
         print(f"error: {error.problem}\n  {error.remedy}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        # The reader went away (`mpt formats | head`): nothing is wrong.
+    except OSError as error:
+        # Every file that a command reads or writes has its own message; what is left is stdout.
+        if error.errno not in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ExitCode.DONE)
+        print(
+            f"error: stdout can't be written: {error.strerror}\n  Free space there, or write elsewhere.",
+            file=sys.stderr,
+        )
+        sys.exit(ExitCode.STORAGE)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
     sys.exit(ExitCode.DONE)

@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from mpt.errors import MptError
-
 
 def schema(
     output: Annotated[
@@ -21,9 +19,6 @@ def schema(
     if output is None:
         print(text, end="")
         return
-    try:
-        output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MptError(
-            f"can't write {output}: {error.strerror}", remedy="Give a file in a writable directory."
-        ) from None
+    from mpt.cli.output import write_output
+
+    write_output(output, text)

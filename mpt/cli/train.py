@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mpt.errors import MptError
+
 if TYPE_CHECKING:
     from mpt.planning.plan import Plan
     from mpt.running.recovery import Stop
@@ -34,12 +36,33 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")] = False,
 ) -> None:
     """Train a recipe, or go on with a run that was interrupted."""
+    try:
+        _train(recipe, overrides or [], dry_run, name, runs_dir, machine, resume, accept_changes, as_json)
+    except MptError as error:
+        if as_json:
+            counts = {"steps": 0, "train_loss": None, "eval_loss": None, "attempts": 0, "incidents": 0}
+            refused = {"outcome": "refused", "run_dir": None, **counts, "problem": error.problem}
+            _print_result(json.dumps(refused))
+        raise
+
+
+def _train(
+    recipe: str,
+    overrides: list[str],
+    dry_run: bool,
+    name: str | None,
+    runs_dir: Path,
+    machine: str | None,
+    resume: str,
+    accept_changes: bool,
+    as_json: bool,
+) -> None:
     from mpt.cli.plan import make_plan
     from mpt.running.opening import locate
 
     if name is not None:
         locate(runs_dir, name)
-    plan = make_plan(recipe, overrides or [], machine, name)
+    plan = make_plan(recipe, overrides, machine, name)
     if dry_run:
         _print_dry_run(plan, as_json)
         return

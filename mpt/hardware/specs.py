@@ -108,7 +108,8 @@ def _group(text: str, count: int, name: str) -> _Group:
     if colon or profile:
         _check_profile(text, card, profile)
     exact = (_plain(card.spec), _plain(card.name))
-    return _Group(count, card, profile or None, is_loosely_named=wanted not in exact and not profile)
+    says_which = wanted in exact or "gb" in wanted or bool(profile)
+    return _Group(count, card, profile or None, is_loosely_named=not says_which)
 
 
 def _check_profile(text: str, card: Card, profile: str) -> None:

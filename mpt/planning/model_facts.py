@@ -105,7 +105,7 @@ def facts_from_config(
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise MptError(
             f"{source}: the sizes of this {config.get('model_type')} make no model ({error})",
-            remedy="Sizes are whole numbers above 0; num_attention_heads divides hidden_size.",
+            remedy="Sizes are whole numbers above 0; the heads divide hidden_size, the key-value heads the heads.",
         ) from None
     if shape is None:
         return None

@@ -176,6 +176,10 @@ def shape_of(config: Mapping[str, Any], task: Task, vocab_size: int | None = Non
 
     hidden, heads = int(read("hidden_size")), int(read("num_attention_heads"))
     key_value_heads = int(read("num_key_value_heads") or heads)
+    if not read("head_dim") and hidden % heads:
+        raise ValueError(f"{heads} attention heads do not divide the hidden size {hidden}")
+    if heads % key_value_heads:
+        raise ValueError(f"{key_value_heads} key-value heads do not divide {heads} attention heads")
     head_dim = int(read("head_dim") or hidden // heads)
     inner = int(read("intermediate_size") or 4 * hidden)
     layers, vocab = int(read("num_hidden_layers")), int(read("vocab_size"))

@@ -120,9 +120,14 @@ def writing(path: Path) -> Iterator[None]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file whole: a reader, or a kill at any moment, sees the old content or the new.
 
-    Raises StorageError where the folder can't be written.
+    A link stays one, and its target is written; a device or pipe is written to, never replaced. Raises StorageError
+    where the folder can't be written.
     """
     with writing(path):
+        path = path.resolve()
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            path.write_text(text, encoding="utf-8")
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         temporary = Path(name)

@@ -235,6 +235,11 @@ def _streamed(section: DataSection, seed: int) -> Documents:
     else:
         held_out = train.take(STREAMED_EVAL_DOCUMENTS)
         train = train.skip(STREAMED_EVAL_DOCUMENTS)
+        if next(iter(train), None) is None:
+            raise MptError(
+                f"streaming holds out the first {STREAMED_EVAL_DOCUMENTS} documents, and there are no more to train on",
+                remedy="Leave data.streaming out for data this small, or set data.eval_fraction to 0.",
+            )
         notice = f"streaming: the first {STREAMED_EVAL_DOCUMENTS} documents are held out for evaluation"
         return Documents(train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), held_out, (notice,))
     return Documents(train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), held_out)

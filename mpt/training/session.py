@@ -4,6 +4,8 @@ import json
 import math
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,22 +92,35 @@ def train(
 
     phase("setup")
     watch = StepWatch(journal, run.metrics, attempt=number, rank=rank, stop=stop, device=arguments.device)
-    trainer = PlanTrainer(
-        plan=plan,
-        run=run,
-        journal=journal,
-        watch=watch,
-        audit=Audit(plan, journal, attempt.audit, is_writer=is_writer),
-        model=model,
-        args=arguments,
-        train_dataset=samples.train,
-        eval_dataset=samples.held_out,
-        data_collator=task.build_collator(plan, tokenizer),
-        processing_class=tokenizer,
-    )
+    with refused_keys():
+        trainer = PlanTrainer(
+            plan=plan,
+            run=run,
+            journal=journal,
+            watch=watch,
+            audit=Audit(plan, journal, attempt.audit, is_writer=is_writer),
+            model=model,
+            args=arguments,
+            train_dataset=samples.train,
+            eval_dataset=samples.held_out,
+            data_collator=task.build_collator(plan, tokenizer),
+            processing_class=tokenizer,
+        )
     resume_from = None if plan.resume_from is None else str(run.checkpoints / plan.resume_from)
     trainer.train(resume_from_checkpoint=resume_from)
     return _finish(plan, run, trainer, tokenizer, phase, barrier)
+
+
+@contextmanager
+def refused_keys() -> Iterator[None]:
+    """Turn what transformers says of the recipe's `training:` keys into an MptError: trying again would not help."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
+        raise MptError(
+            f"training: transformers refuses these keys: {' '.join(str(error).split())[:500]}",
+            remedy="Mend the keys of the recipe's `training:` block that the message names.",
+        ) from error
 
 
 def build_arguments(plan: Plan, run: RunDirectory) -> TrainingArguments:
@@ -117,13 +132,8 @@ def build_arguments(plan: Plan, run: RunDirectory) -> TrainingArguments:
         _stand_alone_rendezvous()
     if "tensorboard" in str(keywords.get("report_to", "")):
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
-    try:
+    with refused_keys():
         arguments = TrainingArguments(**keywords)
-    except (ValueError, TypeError, ImportError) as error:
-        raise MptError(
-            f"training: transformers refuses these keys: {' '.join(str(error).split())[:500]}",
-            remedy="Mend the keys of the recipe's `training:` block that the message names.",
-        ) from error
     if plan.deepspeed is not None:
         _join_deepspeed()
     if plan.machine.kind is DeviceKind.CUDA and plan.machine.all_compute(Feature.TF32):

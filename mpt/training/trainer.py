@@ -14,7 +14,7 @@ from accelerate.utils import DummyOptim
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from transformers import Trainer, TrainerCallback
 
-from mpt.errors import UnsupportedError
+from mpt.errors import StorageError, UnsupportedError
 from mpt.planning.plan import Plan
 from mpt.running import checkpoints
 from mpt.running.journal import Journal
@@ -175,6 +175,9 @@ class PlanTrainer(Trainer):
             try:
                 with storage_errors(self.run.checkpoints):
                     super()._save_checkpoint(model, trial)
+            except StorageError:
+                clear_staging(self.run.checkpoints)  # its room may be what is missing
+                raise
             finally:
                 self._staging = None
             self.accelerator.wait_for_everyone()

@@ -72,7 +72,7 @@ def test_what_does_not_fit_is_written_all_the_same_and_said() -> None:
 
 
 def test_a_file_is_written_whole_and_stdout_stays_empty(tmp_path: Path) -> None:
-    target = tmp_path / "new" / "ds.json"
+    target = tmp_path / "ds.json"
     result = call("quickstart", "--machine", "8xH100", "-o", str(target))
     assert result.stdout == ""
     assert json.loads(target.read_text(encoding="utf-8"))["train_batch_size"] > 0

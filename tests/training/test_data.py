@@ -203,6 +203,13 @@ def test_text_shorter_than_a_block_is_refused_and_says_what_to_do(tokenizer: Any
     assert "packing: false" in caught.value.remedy
 
 
+def test_a_stream_that_is_too_short_to_hold_anything_out_is_refused(tmp_path: Path) -> None:
+    section = DataSection(source=write(tmp_path, "few.jsonl", json.dumps({"text": "one"}) + "\n"), streaming=True)
+    with pytest.raises(MptError, match="no more to train on") as caught:
+        read_documents(section, seed=1)
+    assert "eval_fraction" in caught.value.remedy
+
+
 def test_streamed_text_gives_the_same_blocks_each_time(tokenizer: Any, tmp_path: Path) -> None:
     lines = "".join(
         json.dumps({"text": f"Document {number}, the only one of its kind."}) + "\n" for number in range(400)
