@@ -147,7 +147,7 @@ def test_the_same_recipe_with_other_values_is_refused(
     trained: "tuple[Folder, subprocess.CompletedProcess[str]]",
 ) -> None:
     refused = trained[0].train("tiny.yaml", "training.learning_rate=2e-3", "--json")
-    assert (refused.returncode, refused.stdout) == (2, "")
+    assert (refused.returncode, json.loads(refused.stdout)["outcome"]) == (2, "refused")
     assert "training.learning_rate: 0.001 -> 0.002" in refused.stderr
     assert "--accept-changes" in refused.stderr
 
