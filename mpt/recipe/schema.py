@@ -110,7 +110,7 @@ class DataSection(Section):
     eval_fraction: Annotated[Number, Field(ge=0, lt=1)] = 0.05
     """Share of the documents held out for evaluation where neither `eval_source` nor `eval_split` is given; 0 for
     none."""
-    sequence_length: PositiveInt = 1024
+    sequence_length: Annotated[Integer, Field(ge=2)] = 1024
     """Tokens a sample."""
     packing: Flag = True
     """Join documents, end-of-text between them, and cut blocks of `sequence_length`: no padding. False: one document a
@@ -123,6 +123,8 @@ class DataSection(Section):
         sources = [self.source] if isinstance(self.source, str) else self.source
         if not sources:
             raise ValueError("source is an empty list; name at least one file, glob, builtin or hub data set")
+        if self.eval_source == []:
+            raise ValueError("eval_source is an empty list; name a source, or leave it out")
         is_hub = any(source.startswith("hub:") for source in sources)
         if is_hub and len(sources) > 1:
             raise ValueError("a hub data set can't be mixed with other sources; keep the hub data set or the files")

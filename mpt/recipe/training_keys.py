@@ -29,6 +29,8 @@ OWNED: dict[str, str] = {
     "bf16": "write `precision: bf16` at the top level",
     "fp16": "write `precision: fp16` at the top level",
     "tf32": "write `precision: tf32` at the top level",
+    "bf16_full_eval": "evaluation runs in the run's precision; leave it out: it would round the weights that are saved",
+    "fp16_full_eval": "evaluation runs in the run's precision; leave it out: it would round the weights that are saved",
     "use_cpu": "write `--machine cpu` on the command line",
     "deepspeed": "write `distributed: {strategy: zero2}` at the top level; mpt writes DeepSpeed's configuration",
     "fsdp": "write `distributed: {strategy: fsdp2}` at the top level",

@@ -62,8 +62,9 @@ def train(
     barrier = dist.barrier if arguments.world_size > 1 else _no_barrier
 
     phase("data")
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
     with arguments.main_process_first(desc="preparing the data"):
-        documents = read_documents(plan.recipe.data, seed=arguments.data_seed or arguments.seed)
+        documents = read_documents(plan.recipe.data, seed=seed)
         if not is_trained(plan.recipe):
             tokenizer = load_tokenizer(plan.recipe)
     if is_trained(plan.recipe):
@@ -136,6 +137,8 @@ def build_arguments(plan: Plan, run: RunDirectory) -> TrainingArguments:
         arguments = TrainingArguments(**keywords)
     if plan.deepspeed is not None:
         _join_deepspeed()
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process trains on one device: the Trainer would wrap the model in DataParallel
     if plan.machine.kind is DeviceKind.CUDA and plan.machine.all_compute(Feature.TF32):
         # What stays fp32 beside 16-bit matrix multiplications may use TF32; an fp32 run means fp32.
         enable_tf32(plan.value("precision") != Precision.FP32)
@@ -172,13 +175,17 @@ def _sample(plan: Plan, trainer: PlanTrainer, tokenizer: Any) -> None:
     model = trainer.model
     model.eval()
     prompt = tokenizer(section.prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id or 0]
+    room = section.max_new_tokens
+    if plan.facts.max_positions is not None:
+        prompt = prompt[: plan.facts.max_positions - 1]
+        room = min(room, plan.facts.max_positions - len(prompt))
     tokens = torch.tensor([prompt], device=trainer.args.device)
     torch.manual_seed(trainer.args.seed)
     with torch.no_grad():
         written = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            max_new_tokens=section.max_new_tokens,
+            max_new_tokens=room,
             do_sample=section.temperature > 0,
             temperature=section.temperature or None,
             use_cache=True,
