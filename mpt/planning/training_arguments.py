@@ -6,6 +6,7 @@ default of the Trainer that mpt does not need to change is left to it.
 
 from typing import Any
 
+from mpt.errors import MptError
 from mpt.recipe.schema import Recipe
 from mpt.terms import Precision
 
@@ -54,8 +55,12 @@ def to_training_arguments(
     if gradient_checkpointing:
         keywords["activation_checkpointing"] = True  # gradient_checkpointing goes by this name since 5.23
         # Reentrant checkpointing leaves adapters on a frozen base without gradient, silently (peft#1142).
-        keywords["activation_checkpointing_kwargs"] = {"use_reentrant": False} | (
-            asked.get("activation_checkpointing_kwargs") or asked.get("gradient_checkpointing_kwargs") or {}
-        )
+        options = asked.get("activation_checkpointing_kwargs") or asked.get("gradient_checkpointing_kwargs") or {}
+        if not isinstance(options, dict):
+            raise MptError(
+                f"training.activation_checkpointing_kwargs is {options!r}, not a map",
+                remedy="Write a map, such as {use_reentrant: false}, or leave it out.",
+            )
+        keywords["activation_checkpointing_kwargs"] = {"use_reentrant": False} | options
         keywords.pop("gradient_checkpointing_kwargs", None)
     return keywords
