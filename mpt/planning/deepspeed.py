@@ -27,10 +27,6 @@ ASYNCHRONOUS_IO = {
     "single_submit": False,
     "overlap_events": True,
 }
-STAGE_0_PROBLEM = (
-    "ZeRO stage 0 was asked for, and mpt never writes it: in fp16 and bf16 it trains wrongly (its learning"
-)
-STAGE_0_PROBLEM += " depends on the loss scale), and in fp32 it is plain DDP"
 
 
 def to_deepspeed(

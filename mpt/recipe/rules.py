@@ -4,10 +4,9 @@ or the model are planning's."""
 from collections.abc import Callable, Iterator
 
 from mpt.recipe.schema import Recipe, TokenizerSection
+from mpt.recipe.sources import BUILTIN
 from mpt.recipe.yaml_tree import Flaw
 from mpt.terms import Task
-
-BUILTIN = ("builtin:python-reference",)
 
 
 def broken_rules(recipe: Recipe) -> list[Flaw]:
@@ -144,8 +143,8 @@ def _tokenizer(recipe: Recipe) -> Iterator[Flaw]:
 def _builtin_exists(recipe: Recipe) -> Iterator[Flaw]:
     for key, value in (("source", recipe.data.source), ("eval_source", recipe.data.eval_source)):
         for source in [value] if isinstance(value, str) else value or []:
-            if source.startswith("builtin:") and source not in BUILTIN:
-                yield Flaw(("data", key), f"there is no {source}", f"built in is {', '.join(BUILTIN)}")
+            if source.startswith("builtin:") and source != BUILTIN:
+                yield Flaw(("data", key), f"there is no {source}", f"built in is {BUILTIN}")
 
 
 def _task_has_its_keys(recipe: Recipe) -> Iterator[Flaw]:

@@ -78,10 +78,6 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
-    def incidents(self) -> Path:
-        return self.path / "incidents"
-
-    @property
     def tokenizer(self) -> Path:
         """The tokenizer that the run trained on its own text, if it did."""
         return self.path / "tokenizer"
