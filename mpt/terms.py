@@ -15,6 +15,9 @@ class Precision(StrEnum):
     MXFP8 = "mxfp8"
 
 
+FP8_MODES = (Precision.FP8, Precision.MXFP8)
+
+
 class Feature(StrEnum):
     """What a device can have natively, emulated, or not at all."""
 

@@ -82,6 +82,7 @@ def _make_plan(
     from mpt.hardware.specs import parse_machine
     from mpt.planning.deepspeed_plan import read_offload, resolve_for_deepspeed
     from mpt.planning.model_facts import learn_model_facts
+    from mpt.planning.modules import learn_modules
     from mpt.recipe.catalog import find_recipe
     from mpt.recipe.load import load_recipe
 
@@ -95,4 +96,5 @@ def _make_plan(
         stage=stage,
         offload=None if offload is None else read_offload(offload),
         packages=installed_packages() if machine is None else None,
+        modules=learn_modules(loaded),
     )

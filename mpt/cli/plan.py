@@ -17,6 +17,7 @@ def make_plan(recipe: str, overrides: list[str], machine: str | None, name: str 
     from mpt.hardware.packages import installed_packages
     from mpt.hardware.specs import parse_machine
     from mpt.planning.model_facts import learn_model_facts
+    from mpt.planning.modules import learn_modules
     from mpt.planning.plan import resolve
     from mpt.recipe.catalog import find_recipe
     from mpt.recipe.load import load_recipe
@@ -25,7 +26,14 @@ def make_plan(recipe: str, overrides: list[str], machine: str | None, name: str 
     loaded = load_recipe(path, overrides)
     where = detect_machine(os.environ) if machine is None else parse_machine(machine)
     packages = installed_packages() if machine is None else None
-    return resolve(loaded, where, learn_model_facts(loaded), name=name or loaded.name or path.stem, packages=packages)
+    return resolve(
+        loaded,
+        where,
+        learn_model_facts(loaded),
+        name=name or loaded.name or path.stem,
+        packages=packages,
+        modules=learn_modules(loaded),
+    )
 
 
 def plan(

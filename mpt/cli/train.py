@@ -33,14 +33,24 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on with a run though the recipe's values changed.")
     ] = False,
+    emit_script: Annotated[
+        Path | None,
+        typer.Option(help="Write a plain Trainer script of this run here, without mpt, and train nothing."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")] = False,
 ) -> None:
     """Train a recipe, or go on with a run that was interrupted."""
+    if emit_script is not None:
+        from mpt.cli.plan import make_plan
+
+        _emit_script(make_plan(recipe, overrides or [], machine, name), emit_script)
+        return
     try:
         _train(recipe, overrides or [], dry_run, name, runs_dir, machine, resume, accept_changes, as_json)
     except MptError as error:
         if as_json:
             counts = {"steps": 0, "train_loss": None, "eval_loss": None, "attempts": 0, "incidents": 0}
+            counts |= {"loss_scale": None, "skipped_steps": 0}
             refused = {"outcome": "refused", "run_dir": None, **counts, "problem": error.problem}
             _print_result(json.dumps(refused))
         raise
@@ -80,6 +90,20 @@ def _train(
     _report(run, verdict, as_json)
     if verdict is not None:
         raise typer.Exit(verdict.exit_code)
+
+
+def _emit_script(plan: "Plan", path: Path) -> None:
+    from mpt.planning.engines import check_trainable
+    from mpt.planning.script import to_script
+    from mpt.running.run_directory import write_atomically
+
+    if path.exists():
+        raise MptError(f"{path} exists, and is not overwritten", remedy="Remove it, or name another file.")
+    if not path.parent.is_dir():
+        raise MptError(f"there is no directory {path.parent}", remedy="Make it, or name a file elsewhere.")
+    check_trainable(plan)
+    write_atomically(path, to_script(plan))
+    _say(f"{path} trains the same run without mpt: python {path}")
 
 
 def _print_dry_run(plan: "Plan", as_json: bool) -> None:
@@ -153,6 +177,7 @@ def _carry_out(plan: "Plan", run: "RunDirectory", resume: str, accept_changes: b
 
 
 def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
+    from mpt.reporting.live import spell_loss_scale
     from mpt.reporting.summary import last_sample, summarise
     from mpt.running.recovery import Outcome
 
@@ -171,6 +196,9 @@ def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
     named = (("train", summary["train_loss"]), ("evaluation", summary["eval_loss"]))
     losses = [f"{what} loss {loss:.4f}" for what, loss in named if isinstance(loss, float)]
     _say(f"{summary['steps']} steps: {', '.join(losses) or 'no loss'}")
+    if summary["loss_scale"] is not None:
+        skipped = f"{summary['skipped_steps']} of {summary['steps']} steps skipped by overflow"
+        _say(f"loss scale {spell_loss_scale(summary['loss_scale'])} at the end; {skipped}")
     _say(f"the model is in {run.final}")
 
 

@@ -7,12 +7,10 @@ silently.
 from mpt.errors import MptError, UnsupportedError
 from mpt.hardware.machine import Machine
 from mpt.planning.decision import Decision, Origin
+from mpt.planning.number_formats import TORCH_ADAMW
 from mpt.recipe.schema import OffloadSection, Recipe
 from mpt.recipe.training_keys import training_arguments
-from mpt.terms import DeviceKind, Method, OffloadDevice, Precision, Strategy
-
-# What transformers and DeepSpeed can both build; the only optimizer whose states DeepSpeed updates on the CPU.
-TORCH_ADAMW = ("adamw_torch", "adamw_torch_fused")
+from mpt.terms import FP8_MODES, DeviceKind, Method, OffloadDevice, Precision, Strategy
 
 
 def method_of(recipe: Recipe) -> Method:
@@ -88,6 +86,13 @@ def choose_processes(recipe: Recipe, machine: Machine) -> tuple[Decision[int], D
 def check_asked(recipe: Recipe, machine: Machine, precision: Precision, world_size: int) -> None:
     """Raise MptError or UnsupportedError for the first wish that contradicts another one or the machine."""
     offload = asked_offload(recipe)
+    if recipe.quantization is not None and (
+        precision in FP8_MODES or "fp8" in (recipe.precision.layers or {}).values()
+    ):
+        raise MptError(
+            "precision fp8 was asked for with quantization, whose weights are 4 or 8 bits already",
+            remedy="Ask for `precision: bf16`, or remove the quantization block.",
+        )
     if recipe.distributed.strategy != "auto":
         _check_strategy(Strategy(recipe.distributed.strategy), recipe, machine, precision, world_size)
     if offload is not None and offload != OffloadSection():
@@ -110,11 +115,6 @@ def _check_strategy(
         )
     if strategy.zero_stage and machine.kind is DeviceKind.MPS:
         raise UnsupportedError(f"{problem}, and DeepSpeed does not run on MPS", remedy="Leave the strategy out.")
-    if strategy.zero_stage and precision is Precision.BF16_PURE:
-        raise MptError(
-            f"{problem} with precision bf16_pure, and ZeRO keeps fp32 master weights",
-            remedy="Ask for `precision: bf16`: under ZeRO it holds bf16 weights and divides the masters.",
-        )
     if recipe.quantization is not None and strategy in (Strategy.ZERO3, Strategy.FSDP2):
         raise MptError(
             f"{problem} with quantization, and quantised weights can't be divided over ranks",
@@ -142,7 +142,7 @@ def _check_offload(offload: OffloadSection, recipe: Recipe, machine: Machine, pr
         )
     if precision is Precision.BF16_PURE:
         raise MptError(
-            "offload was asked for with precision bf16_pure, and it goes through ZeRO, which keeps fp32 master weights",
+            "offload was asked for with precision bf16_pure, whose rounding is not that of DeepSpeed's CPU optimizer",
             remedy="Ask for `precision: bf16`.",
         )
     if machine.kind is DeviceKind.MPS:

@@ -12,9 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mpt.errors import MptError
-from mpt.planning.contradictions import TORCH_ADAMW
 from mpt.planning.model_facts import ModelFacts
-from mpt.planning.number_formats import SIXTEEN_BIT
+from mpt.planning.number_formats import SIXTEEN_BIT, TORCH_ADAMW
 from mpt.recipe.training_keys import training_arguments as trainer_defaults
 from mpt.terms import DeviceKind, OffloadDevice, Precision, Strategy
 
@@ -56,7 +55,13 @@ def to_deepspeed(
     if OffloadDevice.NVME in values["offload"].values():
         config["aio"] = dict(ASYNCHRONOUS_IO)
     offloads = values["offload"]["optimizer"] != OffloadDevice.NONE
-    config |= _optimizer(training_arguments, offloads, on_cpu, notes)
+    if values["precision"] == Precision.BF16_PURE and values["optimizer"] in TORCH_ADAMW:
+        notes.append(
+            "no optimizer section: mpt's own optimizer rounds the bf16 weights, and DeepSpeed has none that does"
+        )
+        config["zero_allow_untested_optimizer"] = True
+    else:
+        config |= _optimizer(training_arguments, offloads, on_cpu, notes)
     notes.append(_scheduler_note(training_arguments))
     config["checkpoint"] = {"use_node_local_storage": False, "load_universal": False, "tag_validation": "Fail"}
     config |= {"steps_per_print": STEPS_PER_PRINT, "wall_clock_breakdown": False}
@@ -64,22 +69,40 @@ def to_deepspeed(
 
 
 def _number_formats(values: Mapping[str, Any]) -> dict[str, Any]:
-    computes, accumulation = SIXTEEN_BIT.get(Precision(values["precision"]), "fp32"), values["grad_accum_dtype"]
+    precision = Precision(values["precision"])
+    half, accumulation = SIXTEEN_BIT.get(precision, "fp32"), values["grad_accum_dtype"]
+    computes = values["gradient_dtype"]
     if accumulation not in ("fp32", computes):
         raise MptError(
             f"precision.grad_accum_dtype is {accumulation}, and DeepSpeed computes gradients in {computes}",
             remedy=f"Ask for fp32 or {computes}, or leave grad_accum_dtype out.",
         )
     blocks: dict[str, Any] = {}
-    if computes == "fp16":
+    if values["autocast_dtype"] is not None:
+        blocks["torch_autocast"] = _torch_autocast(values)
+    elif half == "fp16":
         blocks["fp16"] = _fp16(values["loss_scale"])
-    elif computes == "bf16":
+    elif half == "bf16":
         # A step whose gradients are not finite is skipped, as under fp16: the weights stay whole.
         blocks["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if precision is Precision.BF16_PURE:
+            # The names say what DeepSpeed makes no copy of. The states are the optimizer's own affair.
+            blocks["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     # DeepSpeed's own default for both is the 16-bit type of the weights.
     blocks["communication_data_type"] = values["reduce_dtype"]
     blocks["data_types"] = {"grad_accum_dtype": accumulation}
     return blocks
+
+
+def _torch_autocast(values: Mapping[str, Any]) -> dict[str, Any]:
+    """fp32 weights under torch.autocast: the engine that can hold fp32 islands."""
+    if values["reduce_dtype"] != "fp32":
+        raise MptError(
+            f"precision.reduce_dtype is {values['reduce_dtype']}, and beside fp32 islands DeepSpeed sums in fp32",
+            remedy="Leave reduce_dtype out, or precision.layers.",
+        )
+    # DeepSpeed sums the gradients of "safe" modules in 16 bits; none are.
+    return {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
 
 
 def _fp16(scale: Mapping[str, Any] | None) -> dict[str, Any]:

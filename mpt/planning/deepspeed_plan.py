@@ -1,11 +1,13 @@
 """A plan that goes through DeepSpeed, for those who want its configuration whatever the machine. Pure."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from mpt.errors import MptError
 from mpt.hardware.machine import Machine
 from mpt.planning.decision import Origin
 from mpt.planning.model_facts import ModelFacts
+from mpt.planning.modules import ModuleShape
 from mpt.planning.plan import Plan, resolve
 from mpt.recipe.schema import OffloadSection, Recipe
 from mpt.terms import OffloadDevice, Strategy
@@ -22,6 +24,7 @@ def resolve_for_deepspeed(
     stage: int | None = None,
     offload: OffloadSection | OffloadDevice | None = None,
     packages: frozenset[str] | None = None,
+    modules: Sequence[ModuleShape] | None = None,
 ) -> tuple[Plan, tuple[str, ...]]:
     """Make the plan with `stage` and `offload` in place of the recipe's; stage 2 where that plan would need no ZeRO.
 
@@ -31,7 +34,7 @@ def resolve_for_deepspeed(
         recipe = with_strategy(recipe, to_strategy(stage))
     if offload is not None:
         recipe = recipe.model_copy(update={"offload": offload})
-    plan = resolve(recipe, machine, facts, name=name, packages=packages)
+    plan = resolve(recipe, machine, facts, name=name, packages=packages, modules=modules)
     if stage is not None:
         plan = _because(plan, "distributed.strategy", Origin.ASKED, f"stage {stage} was asked for")
     if offload is not None:
@@ -43,7 +46,7 @@ def resolve_for_deepspeed(
         f"`mpt train` would go by {left.value} here ({left.reason}), without DeepSpeed; this is stage "
         f"{SMALLEST_STAGE.zero_stage}, which communicates no more than DDP"
     )
-    plan = resolve(with_strategy(recipe, SMALLEST_STAGE), machine, facts, name=name, packages=packages)
+    plan = resolve(with_strategy(recipe, SMALLEST_STAGE), machine, facts, name=name, packages=packages, modules=modules)
     plan = _because(plan, "distributed.strategy", Origin.AUTO, "the stage that costs least; see the first note")
     return plan, (note, *plan.deepspeed_notes)
 

@@ -3,9 +3,7 @@ begins, never ignored."""
 
 from mpt.errors import MptError, UnsupportedError
 from mpt.planning.plan import Plan
-from mpt.terms import Method, Precision, Strategy, Task
-
-PRECISIONS = (Precision.FP32, Precision.TF32, Precision.FP16, Precision.BF16)
+from mpt.terms import Method, Strategy, Task
 
 
 def without_engine(plan: Plan) -> list[str]:
@@ -13,10 +11,8 @@ def without_engine(plan: Plan) -> list[str]:
     wishes = []
     if plan.value("task") != Task.CAUSAL_LM:
         wishes.append(f"task: {plan.value('task')}")
-    if plan.value("method") != Method.FULL:
-        wishes.append("quantization" if plan.value("method") == Method.QLORA else "lora")
-    if plan.value("precision") not in PRECISIONS:
-        wishes.append(f"precision: {plan.value('precision')}")
+    if plan.value("method") == Method.QLORA:
+        wishes.append("quantization")
     if plan.value("distributed.strategy") == Strategy.FSDP2:
         wishes.append("distributed.strategy: fsdp2")
     if plan.value("nodes") > 1:
@@ -30,8 +26,8 @@ def check_trainable(plan: Plan) -> None:
     if wishes:
         raise MptError(
             f"not yet: this version of mpt plans {', '.join(wishes)} and can't train it",
-            remedy="`mpt plan` shows what it would do. What trains today: full fine-tuning and pretraining of causal "
-            "language models in fp32, tf32, fp16 and bf16, on one node, with one process, DDP or ZeRO 1-3.",
+            remedy="`mpt plan` shows what it would do. What trains today: pretraining, full fine-tuning and LoRA of "
+            "causal language models in every precision, on one node, with one process, DDP or ZeRO 1-3.",
         )
     if not plan.memory.fits:
         raise UnsupportedError(

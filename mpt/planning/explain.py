@@ -1,5 +1,6 @@
 """A plan in words: the short form that `mpt train` prints. The long form is a table of `plan.values` (`mpt plan`)."""
 
+from mpt.planning.layers import count_layers
 from mpt.planning.plan import Plan
 
 
@@ -30,7 +31,19 @@ def explain_short(plan: Plan) -> list[tuple[str, str]]:
         lines.insert(5, ("strategy", f"{strategy.value}: {strategy.reason}"))
     if value("gradient_checkpointing"):
         lines.insert(6, ("checkpointing", plan.values["gradient_checkpointing"].reason))
+    if value("layers") is not None:
+        lines.insert(3, ("layers", _layers_sentence(plan)))
     return lines
+
+
+def _layers_sentence(plan: Plan) -> str:
+    counted, fp8 = count_layers(plan.value("layers")), plan.value("fp8")
+    if fp8 is None:
+        return counted
+    if fp8["emulated"]:
+        return f"{counted}; fp8 is EMULATED: right numbers, slower than bf16"
+    backend = "torchao" if fp8["backend"] == "torchao" else "Transformer Engine"
+    return f"{counted}; fp8 by {backend}, {fp8['recipe']}{', compiled' if plan.value('compile') else ''}"
 
 
 def count(number: int) -> str:

@@ -158,24 +158,27 @@ def gradients_bytes(work: Workload) -> float:
     if work.strategy.zero_stage:
         on_device = 0 if work.offload_optimizer is not OffloadDevice.NONE else accumulated
         return trained * on_device / work.world_size
-    return trained * own / _shards(work, 3)
+    return trained * max(own, accumulated) / _shards(work, 3)
 
 
 def optimizer_bytes(work: Workload) -> float:
-    """Optimizer states, and DeepSpeed's fp32 master copy, which every stage divides over the ranks."""
+    """Optimizer states, and a master copy: DeepSpeed's, which every stage divides over the ranks, or bf16_pure's."""
     trained = trainable_parameters(work)
     states = trained * optimizer_bytes_per_parameter(work.optimizer, work.optimizer_state_dtype)
+    states += 2 * trained if work.keeps_compensation else 0
+    master = BYTES[work.master_weights_dtype]
     if work.strategy.zero_stage is None:
-        return states / _shards(work, 3)
+        has_copy = work.method is Method.FULL and master > BYTES[work.weights_dtype]
+        return (states + (master * trained if has_copy else 0)) / _shards(work, 3)
     if work.offload_optimizer is not OffloadDevice.NONE:
         return 0.0
-    return (states + 4 * trained) / work.world_size
+    return (states + master * trained) / work.world_size
 
 
 def step_bytes(work: Workload) -> float:
-    """What the optimizer step holds on top: ZeRO's fp32 copy of its gradients before it updates."""
+    """What the optimizer step holds on top: ZeRO's copy of its gradients in the master weights' format."""
     if work.strategy.zero_stage and work.offload_optimizer is OffloadDevice.NONE:
-        return 4 * min(trainable_parameters(work) / work.world_size, SUB_GROUP_SIZE)
+        return BYTES[work.master_weights_dtype] * min(trainable_parameters(work) / work.world_size, SUB_GROUP_SIZE)
     return 0.0
 
 

@@ -4,27 +4,20 @@ Reads files; reaches no network. What no formula and no file tells is asked of `
 builds the model without memory (on the meta device) and may fetch a configuration.
 """
 
-import contextlib
-import hashlib
-import importlib.metadata
 import json
 import os
 import struct
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from mpt.errors import MptError
+from mpt.planning.facts_child import FactsAsker, Json, RunChild, default_cache, run_facts_child
 from mpt.planning.model_shapes import shape_of
 from mpt.recipe.schema import Recipe, TokenizerSection
 from mpt.terms import Task
-
-Json = dict[str, Any]
-RunChild = Callable[[Json], Json]
 
 # Families whose checkpoints are known to leave fp16's range in the forward pass, where no loss scale helps.
 OVERFLOWING: dict[str, str] = {
@@ -42,7 +35,6 @@ OVERFLOWING: dict[str, str] = {
 }
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
-LOCAL_HELP = "A local directory with a config.json (and the weights, to train) always works: model: path/to/it."
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,28 +129,20 @@ def learn_model_facts(
     for a model that is not there, can't be read, or could not be learnt.
     """
     model, task = recipe.model, recipe.task
-    asker = _Asker(cache or _default_cache(environ), run_child or run_facts_child)
+    asker = FactsAsker(cache or default_cache(environ), run_child or run_facts_child)
+    request = model_request(recipe)
     if model.config is not None:
         vocab_size = _vocab_size(recipe, model.config)
         source = "the recipe's model.config"
         facts = facts_from_config(model.config, task=task, vocab_size=vocab_size, is_checkpoint=False, source=source)
-        request: Json = {"config": model.config, "vocab_size": vocab_size, "task": task.value}
-        return facts or asker.ask(request, what=f"a {model.config['model_type']} from scratch")
+        return facts or _asked(asker, request, what=f"a {model.config['model_type']} from scratch")
     name = model.name_or_path or ""
-    request = {
-        "config": None,
-        "name_or_path": name,
-        "revision": model.revision,
-        "trust_remote_code": model.trust_remote_code,
-        "vocab_size": None,
-        "task": task.value,
-    }
     if _is_local(name):
         directory = Path(name).expanduser()
         config = read_config(directory)
         dtype = _checkpoint_dtype(config, directory)
         facts = facts_from_config(config, task=task, checkpoint_dtype=dtype, source=f"{name}/config.json")
-        return facts or asker.ask(request, what=name, content=config)
+        return facts or _asked(asker, request, what=name, content=config)
     known = known_models().get(name) if model.revision is None else None
     if known is not None:
         facts = facts_from_config(
@@ -171,8 +155,53 @@ def learn_model_facts(
         config = read_config(snapshot)
         dtype = _checkpoint_dtype(config, snapshot)
         facts = facts_from_config(config, task=task, checkpoint_dtype=dtype, source=f"{name} in the hub cache")
-        return facts or asker.ask(request, what=name, content=config)
-    return asker.ask(request, what=name)
+        return facts or _asked(asker, request, what=name, content=config)
+    return _asked(asker, request, what=name)
+
+
+def ask_about_modules(
+    recipe: Recipe,
+    *,
+    cache: Path | None = None,
+    run_child: RunChild | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> list[Json]:
+    """Have the model list its modules; the entries are fields of `mpt.planning.modules.ModuleShape`.
+
+    Raises MptError for a model that is not there, or could not be learnt.
+    """
+    name = recipe.model.name_or_path or ""
+    request, content = model_request(recipe), None
+    if recipe.model.config is None:
+        known = known_models().get(name) if recipe.model.revision is None else None
+        if _is_local(name):
+            content = read_config(Path(name).expanduser())
+        elif known is not None:
+            request |= {"config": known["config"], "name_or_path": None}
+        elif (snapshot := find_snapshot(name, recipe.model.revision, environ)) is not None:
+            content = read_config(snapshot)
+    asker = FactsAsker(cache or default_cache(environ), run_child or run_facts_child)
+    what = f"a {request['config']['model_type']}" if request["config"] else name
+    return list(asker.ask(request | {"modules": True}, what=what, content=content)["modules"])
+
+
+def model_request(recipe: Recipe) -> Json:
+    """Name the recipe's model in the words that `mpt.training.facts` takes."""
+    model, task = recipe.model, recipe.task
+    if model.config is not None:
+        return {"config": model.config, "vocab_size": _vocab_size(recipe, model.config), "task": task.value}
+    return {
+        "config": None,
+        "name_or_path": model.name_or_path,
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        "vocab_size": None,
+        "task": task.value,
+    }
+
+
+def _asked(asker: FactsAsker, request: Json, *, what: str, content: Json | None = None) -> ModelFacts:
+    return ModelFacts.from_json(asker.ask(request, what=what, content=content))
 
 
 def known_models() -> dict[str, Json]:
@@ -236,70 +265,6 @@ def stored_dtype(directory: Path) -> str | None:
         if sizes:
             return DTYPES.get(max(sizes, key=lambda dtype: sizes[dtype]))
     return None
-
-
-def run_facts_child(request: Json) -> Json:
-    """Ask `python -m mpt.training.facts`; raises MptError with its last line where it fails."""
-    command = [sys.executable, "-m", "mpt.training.facts", json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return dict(json.loads(lines[-1]))
-    said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode} and said nothing"])[-1]
-    raise MptError(said, remedy=LOCAL_HELP)
-
-
-class _Asker:
-    """Asks the child and remembers its answers, by the content that they follow from."""
-
-    def __init__(self, cache: Path, run_child: RunChild) -> None:
-        self._cache = cache
-        self._run_child = run_child
-
-    def ask(self, request: Json, *, what: str, content: Json | None = None) -> ModelFacts:
-        # A hub branch may move: without its content only a commit can be remembered.
-        is_fixed = content is not None or request["config"] is not None or len(request.get("revision") or "") == 40
-        path = self._cache / f"{_content_hash(request, content)}.json"
-        if is_fixed and path.is_file():
-            try:
-                return ModelFacts.from_json(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError, KeyError):
-                pass  # written by another version: learn it again
-        try:
-            facts = ModelFacts.from_json(self._run_child(request))
-        except MptError as error:
-            raise MptError(
-                f"what {what} is could not be learnt (its size and shape decide what fits): {error.problem}",
-                remedy=LOCAL_HELP,
-            ) from None
-        if is_fixed:
-            _remember(path, facts)
-        return facts
-
-
-def _remember(path: Path, facts: ModelFacts) -> None:
-    """Write a cache entry whole or not at all; a cache that can't be written is no reason to stop."""
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(facts.to_json()), encoding="utf-8")
-        aside.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-
-
-def _content_hash(request: Json, content: Json | None) -> str:
-    try:
-        version = importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        version = "none"
-    text = json.dumps([request, content, version], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _default_cache(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mpt" / "facts"
 
 
 def _is_local(name: str) -> bool:

@@ -3,7 +3,7 @@
 A Plan holds no "auto". The worker reads it and decides nothing; a restart writes another one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,17 +13,20 @@ from mpt.hardware.machine_json import machine_from_json, machine_to_json
 from mpt.planning.attention import choose_attention
 from mpt.planning.decision import Decision, Origin, Rejected
 from mpt.planning.deepspeed import to_deepspeed
+from mpt.planning.float8_engine import check_recomputed, choose_compile, choose_float8
+from mpt.planning.layers import check_tied, choose_layers, island_dtypes
 from mpt.planning.memory import MemoryEstimate
 from mpt.planning.model_facts import ModelFacts
-from mpt.planning.number_formats import choose_number_formats
+from mpt.planning.modules import ModuleShape
+from mpt.planning.number_formats import check_static_scale
 from mpt.planning.precision import CheckpointFacts, choose_precision
-from mpt.planning.sharding import choose_layout
+from mpt.planning.sharding import choose_layout, formats_for
 from mpt.planning.training_arguments import to_training_arguments
 from mpt.recipe.schema import Recipe
 from mpt.recipe.training_keys import training_arguments
-from mpt.terms import Attention, Method, Precision
+from mpt.terms import Attention, DeviceKind, Feature, Method, Precision
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,29 +103,45 @@ def decision_from_json(data: Mapping[str, Any]) -> Decision[Any]:
 
 
 def resolve(
-    recipe: Recipe, machine: Machine, facts: ModelFacts, *, name: str, packages: frozenset[str] | None = None
+    recipe: Recipe,
+    machine: Machine,
+    facts: ModelFacts,
+    *,
+    name: str,
+    packages: frozenset[str] | None = None,
+    modules: Sequence[ModuleShape] | None = None,
 ) -> Plan:
     """Decide everything.
 
+    `modules` are the model's by name, for a recipe that speaks of layers (`mpt.planning.modules.learn_modules`).
     `packages` are the installed top-level packages that a choice depends on; None where nobody knows (a named machine).
     Raises MptError for wishes that contradict each other, UnsupportedError for those that the machine can't fulfil. A
     plan that does not fit the memory is made all the same; `plan.memory.fits` says so.
     """
     precision = choose_precision(
-        None if recipe.precision.mode == "auto" else Precision(recipe.precision.mode),
+        recipe.precision.asked_mode,
         machine,
         allow_emulation=recipe.precision.allow_emulation,
         checkpoint=CheckpointFacts(facts.checkpoint_dtype, facts.overflows_in_fp16),
+        has_layers=any(wanted != "fp16" for wanted in (recipe.precision.layers or {}).values()),
     )
+    fp8 = choose_float8(recipe.precision, precision.value, machine, packages)
+    layers = choose_layers(recipe.precision, precision.value, modules, machine=machine, fp8=fp8.value)
+    check_tied(layers.value, precision.value, modules)
+    islands = island_dtypes(layers.value, precision.value)
+    has_islands = bool(islands)
+    compile_ = choose_compile(recipe, fp8.value)
     attention = choose_attention(
         None if recipe.attention == "auto" else Attention(recipe.attention), machine, precision.value, packages
     )
     sequence_length = _sequence_length(recipe, facts)
-    layout = choose_layout(recipe, machine, facts, precision.value, attention.value, sequence_length.value)
+    layout = choose_layout(recipe, machine, facts, precision.value, attention.value, sequence_length.value, has_islands)
+    check_recomputed(fp8.value, gradient_checkpointing=layout.gradient_checkpointing.value)
     method = _method(recipe)
-    formats = choose_number_formats(
-        recipe.precision, precision.value, layout.strategy.value, method.value, facts.checkpoint_dtype
+    formats = formats_for(
+        recipe, precision.value, layout.strategy.value, facts.checkpoint_dtype, has_islands=has_islands
     )
+    check_static_scale(formats["loss_scale"].value, tokens=layout.global_batch_size.value * sequence_length.value)
     keywords = to_training_arguments(
         recipe,
         precision=precision.value,
@@ -130,6 +149,9 @@ def resolve(
         micro_batch_size=layout.micro_batch_size.value,
         gradient_accumulation_steps=layout.gradient_accumulation_steps.value,
         gradient_checkpointing=layout.gradient_checkpointing.value,
+        by_deepspeed=layout.strategy.value.zero_stage is not None,
+        by_deepspeed_autocast=has_islands and layout.strategy.value.zero_stage is not None,
+        compiles=compile_.value,
     )
     values: dict[str, Decision[Any]] = {
         "task": _asked_or_default(recipe, "task", recipe.task.value, "predict the next token"),
@@ -137,6 +159,10 @@ def resolve(
         "device": Decision(machine.kind.value, Origin.DERIVED, machine.label),
         "precision": precision,
         **formats,
+        "fp8": fp8,
+        "layers": layers,
+        "tf32": _tf32(precision.value, machine, has_fp32_islands="fp32" in islands.values()),
+        "compile": compile_,
         "attention": attention,
         "distributed.strategy": layout.strategy,
         "offload": layout.offload,
@@ -172,6 +198,20 @@ def resolve(
         deepspeed=deepspeed,
         deepspeed_notes=notes,
     )
+
+
+def _tf32(precision: Precision, machine: Machine, *, has_fp32_islands: bool) -> Decision[bool]:
+    if precision is Precision.TF32:
+        return Decision(True, Origin.DERIVED, "tf32 was asked for")
+    if not machine.all_compute(Feature.TF32):
+        return Decision(False, Origin.DERIVED, f"{machine.label} has no TF32")
+    if machine.kind is not DeviceKind.CUDA:
+        return Decision(False, Origin.DERIVED, "only when asked, except on NVIDIA's devices")
+    if precision is Precision.FP32:
+        return Decision(False, Origin.DERIVED, "fp32 means fp32; `precision: tf32` allows it")
+    if has_fp32_islands:
+        return Decision(False, Origin.DERIVED, "precision.layers asks for fp32, and TF32 is one switch for all of it")
+    return Decision(True, Origin.DERIVED, "what stays fp32 may multiply in TF32")
 
 
 def _plain(decision: Decision[Any]) -> Decision[Any]:

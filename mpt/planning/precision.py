@@ -6,10 +6,10 @@ emulation, and an RTX 5090 (12.0) is no superset of a B200 (10.0).
 
 from dataclasses import dataclass
 
-from mpt.errors import UnsupportedError
+from mpt.errors import MptError, UnsupportedError
 from mpt.hardware.machine import Device, Machine
 from mpt.planning.decision import Decision, Origin, Rejected
-from mpt.terms import DeviceKind, Feature, Precision
+from mpt.terms import FP8_MODES, DeviceKind, Feature, Precision
 
 NEEDS: dict[Precision, Feature] = {
     Precision.FP32: Feature.FP32,
@@ -36,27 +36,39 @@ def choose_precision(
     *,
     allow_emulation: bool = False,
     checkpoint: CheckpointFacts | None = None,
+    has_layers: bool = False,
 ) -> Decision[Precision]:
-    """Choose a precision; `asked` None means auto.
+    """Choose a precision; `asked` None means auto. `has_layers`: the recipe gives single layers other formats.
 
-    Raises UnsupportedError for an asked precision that a device can't compute natively, unless emulation is allowed.
+    Raises UnsupportedError for an asked precision that a device can't compute natively, unless emulation is allowed;
+    MptError for fp16 with a checkpoint that overflows in it.
     """
     if asked is None:
         return _automatic(machine, checkpoint)
     feature = NEEDS[asked]
     lacking = _lacking(machine, feature)
-    if asked in (Precision.FP8, Precision.MXFP8) and _are_unlike(machine):
+    if asked in FP8_MODES and _are_unlike(machine):
         raise UnsupportedError(
             f"precision {asked} was asked for on unlike devices: {machine.label}",
             remedy="fp8 scales must agree over ranks: train on identical devices, or ask for bf16.",
         )
+    if asked is Precision.FP16 and checkpoint is not None and checkpoint.overflows_in_fp16 and not has_layers:
+        instead = _automatic(machine, checkpoint).value
+        raise MptError(
+            "precision fp16 was asked for, and checkpoints of this family leave fp16's range (65504) in the forward "
+            "pass, where no loss scale helps",
+            remedy=f"Ask for `precision: {instead}`, or keep the layers that overflow in fp32: `precision: {{mode: "
+            'fp16, layers: {"*.down_proj": fp32}}`.',
+        )
     if not lacking:
         return Decision(asked, Origin.ASKED, f"{_everyone(machine)} {feature} natively", _rejected_for(asked, machine))
     names = _names(lacking)
-    if not all(feature in device.emulated for device in lacking):
+    if not all(_can_emulate(device, feature) for device in lacking):
+        has_fp8 = asked is Precision.MXFP8 and machine.all_compute(Feature.FP8)
+        instead = Precision.FP8 if has_fp8 else _automatic(machine, checkpoint).value
         raise UnsupportedError(
             f"precision {asked} was asked for and {names} can't compute {feature}, not even emulated",
-            remedy=f"Ask for `precision: {_automatic(machine, checkpoint).value}`, or leave precision out.",
+            remedy=f"Ask for `precision: {instead}`, or leave precision out.",
         )
     if not allow_emulation:
         raise UnsupportedError(
@@ -70,6 +82,16 @@ def choose_precision(
         f"EMULATED on {names}, which has no {feature}: right numbers, slower than fp32 (allow_emulation)",
         _rejected_for(asked, machine),
     )
+
+
+def require_fp8(machine: Machine) -> None:
+    """Raise UnsupportedError where fp8 layers can't be computed, emulated or not: on unlike devices."""
+    choose_precision(Precision.FP8, machine, allow_emulation=True)
+
+
+def _can_emulate(device: Device, feature: Feature) -> bool:
+    """fp8 is emulated by ordinary tensor arithmetic, which every device has (torchao, Float8LinearConfig.emulate)."""
+    return feature in device.emulated or feature is Feature.FP8
 
 
 def _automatic(machine: Machine, checkpoint: CheckpointFacts | None) -> Decision[Precision]:
@@ -114,6 +136,8 @@ def _reason_against(
     if lacking:
         emulated = all(feature in device.emulated for device in lacking)
         return f"{_names(lacking)} {'would only emulate' if emulated else 'has no'} {feature}"
+    if _lacking(machine, NEEDS[chosen]):
+        return "not asked for"  # what was asked for is emulated, and slower than any of these
     if precision is Precision.FP16 and checkpoint is not None and checkpoint.overflows_in_fp16:
         return "this family of checkpoints overflows fp16 in the forward pass, where loss scaling can't help"
     return {

@@ -22,7 +22,6 @@ from mpt.errors import MptError
 from mpt.hardware.machine import Machine
 from mpt.planning.batching import AskedBatch, Batch, accumulation_for, choose_batch, possible_micro_batches
 from mpt.planning.contradictions import (
-    TORCH_ADAMW,
     asked_offload,
     check_asked,
     choose_processes,
@@ -32,9 +31,10 @@ from mpt.planning.contradictions import (
 from mpt.planning.decision import Decision, Origin, Rejected
 from mpt.planning.memory import MemoryEstimate, estimate_memory
 from mpt.planning.model_facts import ModelFacts
-from mpt.planning.number_formats import choose_number_formats
+from mpt.planning.number_formats import TORCH_ADAMW, choose_number_formats
 from mpt.planning.workload import Workload, with_micro_batch
 from mpt.recipe.schema import OffloadSection, Recipe
+from mpt.recipe.training_keys import training_arguments
 from mpt.terms import Attention, DeviceKind, Method, OffloadDevice, Precision, Strategy
 
 TOKENS_ENOUGH = 2048
@@ -115,6 +115,7 @@ def choose_layout(
     precision: Precision,
     attention: Attention,
     sequence_length: int,
+    has_islands: bool = False,
 ) -> Layout:
     """Choose the layout; `memory.fits` is False where nothing that the recipe leaves open fits.
 
@@ -134,7 +135,9 @@ def choose_layout(
         if _offloads_unasked(option, recipe) and any(trial.memory.fits for trial in trials):
             break
         try:
-            work = _workload(option, recipe, machine, facts, precision, attention, sequence_length, per_node.value)
+            work = _workload(
+                option, recipe, machine, facts, precision, attention, sequence_length, per_node.value, has_islands
+            )
         except MptError as error:
             if option.strategy is Strategy.SINGLE:
                 raise
@@ -158,6 +161,28 @@ def choose_layout(
         gradient_accumulation_steps=taken.batch.accumulation,
         global_batch_size=taken.batch.global_size,
         memory=taken.memory,
+    )
+
+
+def formats_for(
+    recipe: Recipe,
+    precision: Precision,
+    strategy: Strategy,
+    checkpoint_dtype: str | None,
+    *,
+    has_islands: bool,
+) -> dict[str, Decision[Any]]:
+    """Decide the number formats that the recipe has under a strategy."""
+    beta2 = recipe.training_keys.get("adam_beta2", training_arguments()["adam_beta2"]["default"])
+    return choose_number_formats(
+        recipe.precision,
+        precision,
+        strategy,
+        method_of(recipe),
+        checkpoint_dtype,
+        has_islands=has_islands,
+        beta2=float(beta2),
+        optimizer=optimizer_of(recipe),
     )
 
 
@@ -190,20 +215,21 @@ def _open_strategies(
         return (Strategy.ZERO2, Strategy.ZERO3)
     if world_size == 1:
         return (Strategy.SINGLE,)
-    if method_of(recipe) is Method.QLORA or not _can_shard(machine, precision):
+    if method_of(recipe) is Method.QLORA or not _can_shard(machine):
         return (Strategy.DDP,)
     return (Strategy.DDP, Strategy.ZERO2, Strategy.ZERO3)
 
 
-def _can_shard(machine: Machine, precision: Precision) -> bool:
-    return precision is not Precision.BF16_PURE and machine.kind is not DeviceKind.MPS
+def _can_shard(machine: Machine) -> bool:
+    return machine.kind is not DeviceKind.MPS
 
 
 def _can_offload(recipe: Recipe, machine: Machine, precision: Precision) -> bool:
     """Whether offload may be tried unasked: it saves nothing on a CPU, and DeepSpeed's CPU optimizer is Adam."""
     return (
         not machine.is_cpu
-        and _can_shard(machine, precision)
+        and precision is not Precision.BF16_PURE
+        and _can_shard(machine)
         and method_of(recipe) is not Method.QLORA
         and optimizer_of(recipe) in TORCH_ADAMW
         and recipe.distributed.strategy not in (Strategy.SINGLE, Strategy.DDP, Strategy.FSDP2)
@@ -219,9 +245,10 @@ def _workload(
     attention: Attention,
     sequence_length: int,
     processes_per_node: int,
+    has_islands: bool,
 ) -> Workload:
     method = method_of(recipe)
-    formats = choose_number_formats(recipe.precision, precision, option.strategy, method, facts.checkpoint_dtype)
+    formats = formats_for(recipe, precision, option.strategy, facts.checkpoint_dtype, has_islands=has_islands)
     stays = machine.is_cpu  # "offloaded" to the memory where it already is
     return Workload(
         facts=facts,
@@ -242,6 +269,8 @@ def _workload(
         gradient_checkpointing=option.checkpointing,
         offload_optimizer=OffloadDevice.NONE if stays else option.offload.optimizer,
         offload_parameters=OffloadDevice.NONE if stays else option.offload.parameters,
+        master_weights_dtype=formats["master_weights_dtype"].value,
+        keeps_compensation=formats["rounding"].value == "kahan",
         lora_rank=0 if recipe.lora is None else recipe.lora.rank,
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpt.errors import MptError
 from mpt.recipe.schema import Recipe
-from mpt.terms import Precision
+from mpt.terms import FP8_MODES, Precision
 
 # Said elsewhere in the plan under mpt's own names, or done by mpt itself (save_total_limit: mpt prunes by step and
 # keeps the best checkpoint; the Trainer goes by modification time).
@@ -29,8 +29,14 @@ def to_training_arguments(
     micro_batch_size: int,
     gradient_accumulation_steps: int,
     gradient_checkpointing: bool,
+    by_deepspeed: bool = False,
+    by_deepspeed_autocast: bool = False,
+    compiles: bool = False,
 ) -> dict[str, Any]:
-    """Build the keywords, less output_dir and deepspeed, which the worker knows."""
+    """Build the keywords, less output_dir and deepspeed, which the worker knows.
+
+    `by_deepspeed_autocast`: DeepSpeed's own torch_autocast casts, and accelerate must not turn its bf16 engine on.
+    """
     asked = recipe.training_keys
     keywords: dict[str, Any] = {
         "per_device_eval_batch_size": micro_batch_size,
@@ -44,12 +50,15 @@ def to_training_arguments(
     keywords |= {
         "per_device_train_batch_size": micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
-        "bf16": precision in (Precision.BF16, Precision.FP8, Precision.MXFP8),
+        "bf16": (precision in (Precision.BF16, *FP8_MODES) and not by_deepspeed_autocast)
+        or (precision is Precision.BF16_PURE and by_deepspeed),  # transformers compares it with DeepSpeed's block
         "fp16": precision is Precision.FP16,
         "logging_nan_inf_filter": False,  # it logs 0.0 for a NaN loss
         "disable_tqdm": True,
         "use_cpu": on_cpu,
     }
+    if compiles:
+        keywords["torch_compile"] = True
     if precision is Precision.TF32:
         keywords["tf32"] = True
     if gradient_checkpointing:
@@ -60,6 +69,12 @@ def to_training_arguments(
             raise MptError(
                 f"training.activation_checkpointing_kwargs is {options!r}, not a map",
                 remedy="Write a map, such as {use_reentrant: false}, or leave it out.",
+            )
+        if recipe.lora is not None and options.get("use_reentrant"):
+            raise MptError(
+                "training: use_reentrant is true with lora, whose adapters would get no gradient: the frozen weights "
+                "before a checkpointed block give it no input that needs one",
+                remedy="Leave use_reentrant out: mpt sets it to false.",
             )
         keywords["activation_checkpointing_kwargs"] = {"use_reentrant": False} | options
         keywords.pop("gradient_checkpointing_kwargs", None)

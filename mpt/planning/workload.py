@@ -44,6 +44,8 @@ class Workload:
     offload_optimizer: OffloadDevice = OffloadDevice.NONE
     offload_parameters: OffloadDevice = OffloadDevice.NONE
     lora_rank: int = 0
+    master_weights_dtype: str = "fp32"
+    keeps_compensation: bool = False  # Kahan summation: a second 16-bit number a weight
 
     @property
     def tokens(self) -> int:

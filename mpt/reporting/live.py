@@ -81,6 +81,7 @@ class PlainView:
     def __init__(self, screen: Screen) -> None:
         self._screen = screen
         self._max_steps: int | None = None
+        self._skips = SkipCount()
         self._is_first = True
         self._printed_at = -math.inf
 
@@ -99,12 +100,13 @@ class PlainView:
     def row(self, row: Mapping[str, Any]) -> None:
         if "loss" not in row:
             return
+        skips = self._skips.note(row)
         now = time.monotonic()
         is_due = self._is_first or row["step"] == self._max_steps or now - self._printed_at >= PLAIN_EVERY_S
         if is_due:
             self._is_first, self._printed_at = False, now
             of = f"/{self._max_steps}" if self._max_steps else ""
-            self.note(f"step {row['step']}{of}  {figures(row)}")
+            self.note(f"step {row['step']}{of}  {figures(row, skips)}")
 
     def note(self, text: str) -> None:
         self._screen.write(f"{text}\n")
@@ -116,6 +118,7 @@ class BarView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._skips = SkipCount()
         self._figures = Text("", no_wrap=True, overflow="ellipsis")
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -148,25 +151,48 @@ class BarView:
     def row(self, row: Mapping[str, Any]) -> None:
         if "loss" in row:
             self._bars.update(self._bar, completed=row["step"], description="training")
-            self._figures.plain = figures(row)
+            self._figures.plain = figures(row, self._skips.note(row))
 
     def note(self, text: str) -> None:
         self._console.print(text, soft_wrap=True, markup=False)
 
 
-def figures(row: Mapping[str, Any]) -> str:
-    """Write a step's numbers, short enough for 80 columns.
+class SkipCount:
+    """How many of the steps shown so far were skipped; a step that a later attempt makes anew counts once."""
+
+    def __init__(self) -> None:
+        self._steps: set[int] = set()
+        self._attempt: object = None
+
+    def note(self, row: Mapping[str, Any]) -> int:
+        """Count a step's row; give the number of skipped steps up to it."""
+        if row.get("attempt") != self._attempt:
+            self._attempt = row.get("attempt")
+            self._steps = {step for step in self._steps if step < row["step"]}
+        if row.get("skipped"):
+            self._steps.add(row["step"])
+        return len(self._steps)
+
+
+def figures(row: Mapping[str, Any], skips: int = 0) -> str:
+    """Write a step's numbers, short enough for 80 columns; `skips` counts the skipped steps up to it.
 
     >>> figures({"loss": 4.12345, "learning_rate": 0.002, "grad_norm": 1.5, "tokens_per_second": 5123.4,
     ...          "loss_scale": 65536.0, "memory_gib": 0.8123, "skipped": False})
     'loss 4.123  lr 2.0e-03  norm 1.50  scale 65536  5123 tok/s  0.8 GiB'
+    >>> figures({"loss": 4.12345, "loss_scale": 2.0**27, "skipped": False}, skips=3)
+    'loss 4.123  scale 2^27  3 skips'
     """
     parts = [f"loss {number(row['loss'], '.3f')}"]
-    for key, word, form in (("learning_rate", "lr", ".1e"), ("grad_norm", "norm", ".2f"), ("loss_scale", "scale", "g")):
+    for key, word, form in (("learning_rate", "lr", ".1e"), ("grad_norm", "norm", ".2f")):
         if row.get(key) is not None:
             parts.append(f"{word} {number(row[key], form)}")
+    if row.get("loss_scale") is not None:
+        parts.append(f"scale {spell_loss_scale(row['loss_scale'])}")
     if row.get("skipped"):
         parts.append("SKIPPED")
+    elif skips:
+        parts.append(f"{skips} skip{'s' * (skips > 1)}")
     if row.get("tokens_per_second") is not None:
         parts.append(f"{number(row['tokens_per_second'], '.0f')} tok/s")
     if row.get("memory_gib") is not None:
@@ -181,6 +207,18 @@ def number(value: Any, form: str) -> str:
     ('1.2', 'nan')
     """
     return value if isinstance(value, str) else format(value, form)
+
+
+def spell_loss_scale(value: Any) -> str:
+    """Write a loss scale; beyond six digits a power of two is shorter, and exact.
+
+    >>> [spell_loss_scale(value) for value in (65536.0, 2.0**27, 0.25, "inf", None)]
+    ['65536', '2^27', '0.25', 'inf', 'None']
+    """
+    if not isinstance(value, (int, float)):
+        return str(value)
+    fraction, exponent = math.frexp(value)
+    return f"2^{exponent - 1}" if value >= 1e6 and fraction == 0.5 else format(value, "g")
 
 
 def describe(event: Mapping[str, Any]) -> str | None:
@@ -200,7 +238,12 @@ def describe(event: Mapping[str, Any]) -> str | None:
         case "checkpoint_saved":
             return f"{at}  saved {event.get('name')}"
         case "step_skipped":
-            return f"{at}  skipped: {event.get('reason')} (loss scale {event.get('loss_scale')})"
+            return f"{at}  skipped: {event.get('reason')} (loss scale {spell_loss_scale(event.get('loss_scale'))})"
+        case "alarm" if event.get("what") == "skip_rate":
+            share = f"{number(event.get('share', '?'), '.0%')} of the last {event.get('window')} steps"
+            return f"{at}  ALARM: {share} were skipped by overflow. {event.get('remedy')}"
+        case "alarm":
+            return f"{at}  ALARM: {event.get('what')}. {event.get('remedy')}"
         case "non_finite":
             return f"{at}  {event.get('what')} is {event.get('value')}"
         case "stop_requested" if "step" in event:

@@ -1,12 +1,12 @@
 """What a run came to, read from its directory: the object that `mpt train --json` prints."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mpt.running.journal import read_events
+from mpt.running.metrics import read_rows
 from mpt.running.run_directory import RunDirectory
 
 INCIDENTS = ("non_finite", "checkpoint_passed_over")
@@ -15,14 +15,16 @@ TRACEBACK_FRAME = '  File "'
 
 
 def summarise(run: RunDirectory) -> dict[str, Any]:
-    """Sum up a run: outcome, steps, losses, attempts, incidents.
+    """Sum up a run: outcome, steps, losses, loss scale, attempts, incidents.
 
     `outcome` is "interrupted" where the run neither ended nor is known to go on. `train_loss` is the mean over the run
-    where it finished, else the last step's; a loss is None where there is none.
+    where it finished, else the last step's; a loss is None where there is none. `loss_scale` is the last step's, None
+    without fp16; `skipped_steps` counts the steps that overflowed.
     """
     events = read_events(run.journal)
     rows = read_rows(run)
     last_step = max(rows, default=0)
+    last_row = rows.get(last_step, {})
     outcome, finished, eval_loss, incidents = "interrupted", None, None, 0
     for event in events:
         kind = event["kind"]
@@ -40,34 +42,13 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
         "outcome": outcome,
         "run_dir": str(run.path),
         "steps": last_step if finished is None else finished["step"],
-        "train_loss": rows.get(last_step, {}).get("loss") if finished is None else finished["train_loss"],
+        "train_loss": last_row.get("loss") if finished is None else finished["train_loss"],
         "eval_loss": eval_loss,
+        "loss_scale": last_row.get("loss_scale"),
+        "skipped_steps": sum(bool(row.get("skipped")) for row in rows.values()),
         "attempts": len(run.attempt_numbers()),
         "incidents": incidents,
     }
-
-
-def read_rows(run: RunDirectory) -> dict[int, dict[str, Any]]:
-    """Read the metrics: the valid row of each optimizer step, by step.
-
-    An attempt that goes on from a checkpoint makes the steps after it anew; what was written of them before is void.
-    """
-    rows: dict[int, dict[str, Any]] = {}
-    if not run.metrics.exists():
-        return rows
-    attempt: object = None
-    for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # torn by a kill
-        if not isinstance(row, dict) or "loss" not in row:
-            continue
-        if row["attempt"] != attempt:
-            attempt = row["attempt"]
-            rows = {step: kept for step, kept in rows.items() if step < row["step"]}
-        rows[row["step"]] = row
-    return rows
 
 
 def last_sample(run: RunDirectory) -> Mapping[str, Any] | None:

@@ -1,44 +1,52 @@
 """Compare what really runs with what was planned, and refuse to train the difference.
 
 Three looks: when the model is wrapped and the optimizer made; after the first backward pass, before the optimizer step;
-and after that step, when the optimizer has its state. The findings go to the attempt's audit.json.
+and after that step, when the optimizer has its state. The findings go to the attempt's audit.json. What is read where
+stands in `mpt.training.findings`; this module knows the order, the comparison and the verdict.
 """
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from mpt.errors import UnsupportedError
 from mpt.planning.plan import Plan
 from mpt.running.journal import Journal
 from mpt.running.run_directory import write_atomically
-from mpt.terms import DeviceKind, Method, Precision, Strategy
+from mpt.terms import DeviceKind, Method
+from mpt.training import findings
+from mpt.training.adapters import count_adapters
+from mpt.training.precision.apply import planned_float8, planned_islands
+from mpt.training.precision.watching import AttentionWatch, IslandWatch, MatmulWatch
 
 if TYPE_CHECKING:
     from mpt.training.trainer import PlanTrainer
 
-NAMES: dict[torch.dtype, str] = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.uint8: "int8",
-    torch.int8: "int8",
+# The kernels that an attention implementation may come to. sdpa chooses by shape, dtype and device.
+KERNELS: dict[str, tuple[str, ...]] = {
+    "sdpa": ("flash", "mem_efficient", "cudnn", "math", "overrideable"),
+    "eager": ("eager",),
+    "flex_attention": ("flex",),
+    "flash_attention_2": ("flash_attn_2",),
+    "flash_attention_3": ("flash_attn_3",),
+    "flash_attention_4": ("flash_attn_4",),
 }
-# What a Linear layer hands on: the format of the matrix multiplication itself.
-COMPUTES: dict[Precision, str] = {
-    Precision.FP32: "fp32",
-    Precision.TF32: "fp32",
-    Precision.FP16: "fp16",
-    Precision.BF16: "bf16",
-    Precision.BF16_PURE: "bf16",
-    Precision.FP8: "bf16",
-    Precision.MXFP8: "bf16",
-}
+SCALER_KEYS = ("growth_factor", "backoff_factor", "growth_interval")
+
+
+def _timed(look: Callable[["Audit", "PlanTrainer"], None]) -> Callable[["Audit", "PlanTrainer"], None]:
+    def timed(audit: "Audit", trainer: "PlanTrainer") -> None:
+        began = time.perf_counter()
+        try:
+            look(audit, trainer)
+        finally:
+            audit.seconds += time.perf_counter() - began
+
+    return timed
 
 
 class Audit:
@@ -50,57 +58,71 @@ class Audit:
         self.report = report
         self.is_writer = is_writer
         self.checks: list[dict[str, Any]] = []
-        self._seen_in_forward: dict[str, Any] = {}
-        self._remove_hook: Callable[[], None] | None = None
+        self.samples = 0
+        self._matmuls = MatmulWatch({})
+        self._islands = IslandWatch({})
+        self._attention: AttentionWatch | None = None
+        self._autocast: str | None = None
         self._before_done = self._after_done = self._reported = False
+        self.seconds = 0.0  # what the looks themselves cost
 
+    @_timed
     def after_set_up(self, trainer: "PlanTrainer") -> None:
         """Look at model, engine, optimizer and device; no step has been made."""
         plan = self.plan
         engine = trainer.model_wrapped if trainer.is_deepspeed_enabled else None
-        trainable = [weight for weight in trainer.model.parameters() if weight.requires_grad]
         self._device(trainer)
         self._compare("world_size", plan.value("world_size"), trainer.args.world_size)
-        self._compare("distributed.strategy", plan.value("distributed.strategy"), _strategy(trainer, engine))
-        self._compare("weights_dtype", [plan.value("weights_dtype")], _dtypes(trainable))
-        if plan.value("method") == Method.FULL:
-            count = sum(getattr(weight, "ds_numel", weight.numel()) for weight in trainable)
-            self._compare("trainable parameters", plan.facts.parameters, count)
+        self._compare("distributed.strategy", plan.value("distributed.strategy"), findings.strategy(trainer, engine))
+        self._weights(trainer)
         self._compare("attention", plan.value("attention"), trainer.model.config._attn_implementation)
         self._compare(
             "gradient_checkpointing",
             plan.value("gradient_checkpointing"),
-            bool(getattr(trainer.model, "is_activation_checkpointing", False)),
+            bool(getattr(findings.plain_model(trainer), "is_activation_checkpointing", False)),
         )
-        batch = (
-            trainer.args.per_device_train_batch_size
-            * trainer.args.gradient_accumulation_steps
-            * trainer.args.world_size
-        )
-        self._compare("global_batch_size", plan.value("global_batch_size"), batch)
+        self._compare("compile", plan.value("compile"), findings.is_compiled(trainer))
+        self._compare("tf32", plan.value("tf32"), findings.allows_tf32())
         self._optimizer(trainer, engine)
         self._loss_scale(trainer, engine)
         if engine is not None:
             self._deepspeed(engine)
+        self._alignment(trainer)
         self._watch_forward(trainer)
         self._judge()
 
+    def note_batch(self, inputs: Any) -> None:
+        """Count the samples of a micro batch of the first step."""
+        if not self._before_done:
+            self.samples += len(inputs["input_ids"])
+
+    @_timed
     def before_first_step(self, trainer: "PlanTrainer") -> None:
         """Look at what the first forward and backward passes computed in."""
         if self._before_done:
             return
         self._before_done = True
-        if self._remove_hook is not None:
-            self._remove_hook()
-        self._compare("autocast_dtype", self.plan.value("autocast_dtype"), self._seen_in_forward.get("autocast"))
-        self._compare(
-            "precision", COMPUTES[Precision(self.plan.value("precision"))], self._seen_in_forward.get("output")
-        )
+        plan = self.plan
+        if not plan.value("compile"):
+            self._forward()
+        planned = plan.value("global_batch_size")
+        if hasattr(trainer.train_dataset, "__len__") and len(trainer.train_dataset) < planned:
+            planned = None  # one short batch is all there is
+        if planned is not None:
+            self._compare("global_batch_size", planned, self.samples * trainer.args.world_size)
         gradients = [w.grad for w in trainer.model.parameters() if w.requires_grad and w.grad is not None]
         if gradients and not trainer.is_deepspeed_enabled:  # DeepSpeed has moved them into buffers of its own
-            self._compare("gradient_dtype", [self.plan.value("gradient_dtype")], _dtypes(gradients))
+            islands = findings.island_weights(trainer, planned_islands(plan))
+            own = [w.grad for w in trainer.model.parameters() if w.grad is not None and id(w) not in islands]
+            self._compare("grad_accum_dtype", [plan.value("grad_accum_dtype")], findings.dtypes(own))
+        if plan.value("distributed.strategy") == "ddp":
+            sent = trainer.reduction.sent if trainer.reduction is not None else findings.common_dtype(gradients)
+            self._compare("reduce_dtype", plan.value("reduce_dtype"), findings.name(sent))
+        if plan.value("method") != Method.FULL and not trainer.is_deepspeed_enabled:
+            self._compare("adapters with a gradient", True, any(grad.abs().sum().item() > 0 for grad in gradients))
         self._judge()
 
+    @_timed
     def after_first_step(self, trainer: "PlanTrainer") -> None:
         """Look at the optimizer's state, which exists only now, and write the report.
 
@@ -108,10 +130,10 @@ class Audit:
         """
         if self._after_done:
             return
-        state = _optimizer_state(trainer)
+        state = findings.optimizer_state(trainer, islands=planned_islands(self.plan))
         self._after_done = bool(state) or trainer.watch.step is None or not trainer.watch.step.skipped
         if state:
-            self._compare("optimizer_state_dtype", [self.plan.value("optimizer_state_dtype")], _dtypes(state))
+            self._compare("optimizer_state_dtype", [self.plan.value("optimizer_state_dtype")], findings.dtypes(state))
         self._judge()
         if self.is_writer and (self._after_done or not self._reported):
             self._write(passed=True)
@@ -131,9 +153,36 @@ class Audit:
         if machine.source == "detected":
             self._compare("device name", device.name, torch.cuda.get_device_name(index))
 
+    def _weights(self, trainer: "PlanTrainer") -> None:
+        """Weights by what they are: the model's own, its islands', and adapters'."""
+        plan, islands = self.plan, planned_islands(self.plan)
+        in_islands = findings.island_weights(trainer, {n: d for n, d in islands.items() if d == "fp32"})
+        adapters = [w for w in trainer.model.parameters() if w.requires_grad] if self._has_adapters() else []
+        apart = {*in_islands, *map(id, adapters)}
+        own = [w for w in trainer.model.parameters() if id(w) not in apart]
+        self._compare("weights_dtype", [plan.value("weights_dtype")], findings.dtypes(own))
+        if in_islands:
+            self._compare("weights of fp32 islands", ["fp32"], findings.dtypes(list(in_islands.values())))
+        trainable = [w for w in trainer.model.parameters() if w.requires_grad]
+        if self._has_adapters():
+            self._compare("adapter_dtype", [plan.value("adapter_dtype")], findings.dtypes(adapters))
+            self._compare("has adapters", True, count_adapters(trainer.model) > 0)
+        else:
+            count = sum(getattr(weight, "ds_numel", weight.numel()) for weight in trainable)
+            self._compare("trainable parameters", plan.facts.parameters, count)
+        converted = sorted(findings.plain_fp8(trainer))
+        self._compare("fp8 modules", len(planned_float8(plan)), len(converted))
+        if converted != sorted(planned_float8(plan)):
+            self._compare("names of the fp8 modules", sorted(planned_float8(plan)), converted)
+        self._compare("rotary frequencies", ["fp32"], findings.rotary_dtypes(trainer.model) or ["fp32"])
+
+    def _has_adapters(self) -> bool:
+        return bool(self.plan.value("method") != Method.FULL)
+
     def _optimizer(self, trainer: "PlanTrainer", engine: Any) -> None:
-        planned = str(self.plan.value("optimizer"))
-        made = _innermost(engine.optimizer if engine is not None else trainer.optimizer)
+        plan = self.plan
+        planned = str(plan.value("optimizer"))
+        made = findings.innermost(engine.optimizer if engine is not None else trainer.optimizer)
         name = type(made).__name__
         # transformers' names are of algorithms and variants (adamw_torch_fused); the class must be of the family.
         families = {"adamw": "adam", "adafactor": "adafactor", "sgd": "sgd", "lion": "lion", "adagrad": "adagrad"}
@@ -141,23 +190,38 @@ class Audit:
         if family is not None:
             self._compare("optimizer", planned, planned if family in name.lower() else name)
         started_with = made.param_groups[0].get("initial_lr", made.param_groups[0]["lr"])
-        self._compare("learning_rate", float(self.plan.value("learning_rate")), float(started_with))
+        self._compare("learning_rate", float(plan.value("learning_rate")), float(started_with))
+        # A fused optimizer of torch, or another library's, rounds as torch does.
+        rounding = made.param_groups[0].get("rounding", getattr(made, "rounding", "nearest"))
+        if plan.value("rounding") is not None:
+            self._compare("rounding", plan.value("rounding"), rounding)
+        islands = findings.island_weights(trainer, planned_islands(plan))
+        self._compare(
+            "master_weights_dtype", [plan.value("master_weights_dtype")], findings.master_dtypes(trainer, islands)
+        )
 
     def _loss_scale(self, trainer: "PlanTrainer", engine: Any) -> None:
         planned = self.plan.value("loss_scale")
-        found: float | None = None
-        if engine is not None:
-            found = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
-        elif trainer.scaler is not None:
-            found = float(trainer.scaler.get_scale())
-        if planned is None or self.plan.resume_from is not None:  # a resumed scale is wherever it had got to
-            self._compare("loss scaler", planned is not None, found is not None)
+        found = findings.loss_scale(trainer, engine)
+        if planned is None:
+            self._compare("loss scaler", None, found)
+            return
+        if found is None or self.plan.resume_from is not None:  # a resumed scale is wherever it had got to
+            self._compare("loss scaler", True, found is not None)
         else:
-            self._compare("loss_scale", float(planned.get("static") or planned["initial"]), found)
+            self._compare("loss_scale", float(planned.get("static") or planned["initial"]), found["scale"])
+        if found is None or planned.get("static"):
+            return
+        for key in SCALER_KEYS:
+            self._compare(f"loss_scale.{key}", float(planned[key]), found[key])
+        for key, otherwise in (("min", found["default_min"]), ("hysteresis", found["default_hysteresis"])):
+            self._compare(f"loss_scale.{key}", planned[key] if planned[key] is not None else otherwise, found[key])
 
     def _deepspeed(self, engine: Any) -> None:
-        self._compare("reduce_dtype", self.plan.value("reduce_dtype"), NAMES[engine.communication_data_type])
-        self._compare("grad_accum_dtype", self.plan.value("grad_accum_dtype"), NAMES[engine.get_data_types()[1]])
+        self._compare("reduce_dtype", self.plan.value("reduce_dtype"), findings.name(engine.communication_data_type))
+        self._compare(
+            "grad_accum_dtype", self.plan.value("grad_accum_dtype"), findings.name(engine.get_data_types()[1])
+        )
         planned = self.plan.value("offload") or {}
         for part, config in (
             ("optimizer", engine.zero_offload_optimizer()),
@@ -166,26 +230,66 @@ class Audit:
             found = "none" if config is None else str(getattr(config.device, "value", config.device))
             self._compare(f"offload.{part}", planned.get(part) or "none", found)
 
+    def _alignment(self, trainer: "PlanTrainer") -> None:
+        """Say which matrix sizes the matrix units can't take whole: it costs speed, and is no reason to stop."""
+        odd = findings.misaligned(trainer.model, 16 if self.plan.value("fp8") else 8)
+        if odd and self.is_writer:
+            listed = ", ".join(f"{name} {rows} x {columns}" for name, rows, columns in odd[:3])
+            more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+            text = f"sizes that are no multiples of {16 if self.plan.value('fp8') else 8} cost speed: {listed}{more}"
+            self.journal.append("notice", text=text)
+        self.checks.append({"what": "tensor alignment", "planned": None, "found": [name for name, *_ in odd]})
+
     def _watch_forward(self, trainer: "PlanTrainer") -> None:
-        """Note what the first linear layer of the first forward pass sees and gives."""
-        layer = next((module for module in trainer.model.modules() if isinstance(module, nn.Linear)), None)
-        if layer is None:
-            layer = next(module for module in trainer.model.modules() if type(module).__name__ == "Conv1D")
-        device = trainer.args.device.type
+        """Watch one forward pass: the first one, or where operators are compiled away, an eager one for this alone."""
+        islands = {name for name, dtype in planned_islands(self.plan).items() if dtype == "fp32"}
+        modules = findings.planned_modules(trainer)
+        self._islands = IslandWatch({name: module for name, module in modules.items() if name in islands})
+        self._matmuls = MatmulWatch(findings.matmul_modules(modules, but=islands))
+        self._attention = AttentionWatch(trainer.model)
+        findings.watch_autocast(trainer, self._note_autocast)
+        if self.plan.value("compile"):
+            findings.run_eagerly(trainer)
+            self._forward()
 
-        def note(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            if not self._seen_in_forward:
-                active = torch.is_autocast_enabled(device)
-                self._seen_in_forward["autocast"] = NAMES[torch.get_autocast_dtype(device)] if active else None
-                self._seen_in_forward["output"] = NAMES.get(output.dtype, str(output.dtype))
+    def _note_autocast(self, dtype: str | None) -> None:
+        self._autocast = dtype
 
-        self._remove_hook = layer.register_forward_hook(note).remove
+    def _forward(self) -> None:
+        plan = self.plan
+        self._matmuls.remove()
+        self._islands.remove()
+        if self._attention is not None:
+            self._attention.remove()
+        self._compare("autocast_dtype", plan.value("autocast_dtype"), self._autocast)
+        seen = self._matmuls.seen()
+        wanted = findings.planned_operands(plan, seen)
+        found = {name: operands["weight"] for name, operands in seen.items()}
+        wrong = {name: found[name] for name in found if found[name] != wanted[name]}
+        planned = "every matrix multiplication as planned"
+        differing = ", ".join(f"{name} in {dtype} for {wanted[name]}" for name, dtype in list(wrong.items())[:5])
+        self._compare("precision", planned, f"{len(wrong)}: {differing}" if wrong or not found else planned)
+        counts: dict[str, int] = {}
+        for dtype in found.values():
+            counts[str(dtype)] = counts.get(str(dtype), 0) + 1
+        self.checks.append({"what": "matrix multiplications", "planned": None, "found": counts})
+        for name, operands in self._islands.seen().items():
+            dtypes = sorted({dtype for dtype in operands.values() if dtype is not None})
+            self._compare(f"island {name}", ["fp32"], dtypes)
+        expected = len([dtype for dtype in planned_islands(plan).values() if dtype == "fp32"])
+        self._compare("fp32 islands that ran", expected, len(self._islands.seen()))
+        kernels = [] if self._attention is None else self._attention.kernels()
+        allowed = KERNELS.get(str(plan.value("attention")), ())
+        passed = bool(kernels) and set(kernels) <= set(allowed)
+        self.checks.append(
+            {"what": "attention kernel", "planned": plan.value("attention"), "found": kernels, "passed": passed}
+        )
 
     def _compare(self, what: str, planned: Any, found: Any) -> None:
         self.checks.append({"what": what, "planned": planned, "found": found, "passed": planned == found})
 
     def _judge(self) -> None:
-        wrong = [check for check in self.checks if not check["passed"]]
+        wrong = [check for check in self.checks if not check.get("passed", True)]
         if not wrong:
             return
         if self.is_writer:
@@ -197,38 +301,9 @@ class Audit:
         )
 
     def _write(self, *, passed: bool) -> None:
-        write_atomically(self.report, json.dumps({"passed": passed, "checks": self.checks}, indent=2) + "\n")
+        write_atomically(
+            self.report, json.dumps({"passed": passed, "seconds": self.seconds, "checks": self.checks}, indent=2) + "\n"
+        )
         if not self._reported or not passed:
             self.journal.append("audit", passed=passed)
         self._reported = True
-
-
-def _strategy(trainer: "PlanTrainer", engine: Any) -> str:
-    if engine is not None:
-        return f"zero{engine.zero_optimization_stage()}"
-    if getattr(trainer, "is_fsdp_enabled", False):
-        return Strategy.FSDP2.value
-    is_ddp = isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
-    return Strategy.DDP.value if is_ddp else Strategy.SINGLE.value
-
-
-def _dtypes(tensors: list[torch.Tensor]) -> list[str]:
-    return sorted({NAMES.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors})
-
-
-def _innermost(optimizer: Any) -> Any:
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _optimizer_state(trainer: "PlanTrainer") -> list[torch.Tensor]:
-    """List the state's tensors, without step counters."""
-    made = _innermost(trainer.model_wrapped.optimizer if trainer.is_deepspeed_enabled else trainer.optimizer)
-    return [
-        value
-        for entry in made.state.values()
-        if isinstance(entry, dict)
-        for value in entry.values()
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and value.numel() > 1
-    ]

@@ -60,7 +60,9 @@ def stream_corpus(section: DataSection, source: str | list[str], *, split: str) 
         if first is None:
             raise MptError(f"the data set is empty: {one}", remedy="Check data.source.")
         _check_column(list(first), column, one)
-        streams.append(stream.select_columns([column]).rename_columns({} if column == TEXT else {column: TEXT}))
+        stream = stream.select_columns([column]).rename_columns({} if column == TEXT else {column: TEXT})
+        # A csv's text is a string and a jsonl's may be a large_string, which don't join.
+        streams.append(stream.cast(datasets.Features({TEXT: datasets.Value("string")})))
     return streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams)
 
 

@@ -1,9 +1,9 @@
 """What a model is, asked of the model itself: built on the meta device, where parameters have shapes and no memory.
 
 `python -m mpt.training.facts REQUEST` takes one JSON object (config or name_or_path, revision, trust_remote_code,
-vocab_size, task) and prints one JSON object with the fields of `mpt.planning.model_facts.ModelFacts`. Started by that
-module where no formula fits; may fetch a configuration from the hub, and never weights. Ends with 2 and a line on
-stderr where the model can't be learnt.
+vocab_size, task) and prints one JSON object with the fields of `mpt.planning.model_facts.ModelFacts`; with `modules:
+true` in the request, the list of the model's modules. Started by `mpt.planning.facts_child`; may fetch a configuration
+from the hub, and never weights. Ends with 2 and a line on stderr where the model can't be learnt.
 """
 
 import contextlib
@@ -64,6 +64,47 @@ def learn_from_model(request: dict[str, Any]) -> ModelFacts:
         overflows_in_fp16=name_or_path is not None and config.model_type in OVERFLOWING,
         source="the model itself, built on the meta device",
     )
+
+
+def list_modules(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Build the model without memory and list the modules that hold parameters of their own, in its order.
+
+    The entries are the fields of `mpt.planning.modules.ModuleShape`.
+    """
+    model = build_on_meta(load_config(request), Task(request["task"]), bool(request.get("trust_remote_code")))
+    model.tie_weights()
+    head = model.get_output_embeddings()
+    owners: dict[int, str] = {}
+    listed = []
+    for name, module in model.named_modules():
+        weights = list(module.parameters(recurse=False))
+        if not weights:
+            continue
+        tied_to = next((owners[id(weight)] for weight in weights if id(weight) in owners), None)
+        owners |= {id(weight): name for weight in weights if id(weight) not in owners}
+        kind, inputs, outputs = _kind(module)
+        listed.append(
+            {
+                "name": name,
+                "kind": kind,
+                "in_features": inputs,
+                "out_features": outputs,
+                "parameters": sum(weight.numel() for weight in weights),
+                "is_head": module is head,
+                "tied_to": tied_to,
+            }
+        )
+    return listed
+
+
+def _kind(module: Any) -> tuple[str, int, int]:
+    import torch
+
+    if isinstance(module, torch.nn.Linear):
+        return "linear", module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D":  # GPT-2's: its weight lies transposed
+        return "conv1d", module.weight.shape[0], module.weight.shape[1]
+    return ("embedding" if isinstance(module, torch.nn.Embedding) else "other"), 0, 0
 
 
 def load_config(request: dict[str, Any]) -> Any:
@@ -146,14 +187,18 @@ def main() -> NoReturn:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         with contextlib.redirect_stdout(sys.stderr):  # remote code and upstreams may print
-            facts = learn_from_model(json.loads(sys.argv[1]))
+            request = json.loads(sys.argv[1])
+            if request.get("modules"):
+                answer: dict[str, Any] = {"modules": list_modules(request)}
+            else:
+                answer = learn_from_model(request).to_json()
     except MptError as error:
         print(error.problem, file=sys.stderr)
         sys.exit(ExitCode.USAGE)
     except Exception as error:  # noqa: BLE001 - a main function: whatever an upstream raises is the answer
         print(str(error).strip().split("\n")[0] or type(error).__name__, file=sys.stderr)
         sys.exit(ExitCode.USAGE)
-    print(json.dumps(facts.to_json()))
+    print(json.dumps(answer))
     sys.exit(ExitCode.DONE)
 
 

@@ -12,13 +12,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from mpt.errors import MptError, UnsupportedError
 from mpt.planning.plan import Plan
 from mpt.recipe.schema import ModelSection
-
-DTYPES: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp64": torch.float64,
-}
+from mpt.training.precision.apply import DTYPES, cast_weights, planned_islands
 
 # Older names that transformers' configuration classes still take and translate.
 LEGACY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype", "output_attentions"}
@@ -43,6 +37,8 @@ def build_causal_lm(plan: Plan, tokenizer: PreTrainedTokenizerBase, *, seed: int
             f"the tokenizer has {len(tokenizer)} entries and the model's vocabulary {size}",
             remedy="Make model.config.vocab_size at least the tokenizer's, or name the model's own tokenizer.",
         )
+    if plan.deepspeed is None:  # whose engine casts by itself
+        cast_weights(model, DTYPES[plan.value("weights_dtype")], islands=planned_islands(plan))
     return model
 
 
@@ -56,7 +52,7 @@ def _from_config(plan: Plan, section: ModelSection, tokenizer: PreTrainedTokeniz
     model = _drawn(config, plan)
     if hf_deepspeed.is_deepspeed_zero3_enabled():
         _share_draws(model, config, plan, seed)
-    return model.to(DTYPES[plan.value("weights_dtype")]) if plan.deepspeed is None else model
+    return model
 
 
 def _drawn(config: Any, plan: Plan) -> PreTrainedModel:
@@ -119,6 +115,12 @@ def to_config(given: dict[str, Any], *, vocab_size: int) -> Any:
         ) from error
 
 
+def _load_dtype(plan: Plan) -> torch.dtype:
+    """fp32 where some weights stay fp32 (islands): what is rounded once can't be widened again."""
+    has_wide = "fp32" in planned_islands(plan).values()
+    return torch.float32 if has_wide else DTYPES[plan.value("weights_dtype")]
+
+
 def _known_keys(config_class: type) -> set[str]:
     fields = {key for key in getattr(config_class, "__dataclass_fields__", {}) if not key.startswith("_")}
     return fields | set(getattr(config_class, "attribute_map", {})) | LEGACY_KEYS
@@ -131,7 +133,7 @@ def _from_checkpoint(plan: Plan, section: ModelSection) -> PreTrainedModel:
             name,
             revision=section.revision or "main",
             # transformers 5 loads the checkpoint's own dtype: bf16 master weights, unless told otherwise.
-            dtype=DTYPES[plan.value("weights_dtype")],
+            dtype=_load_dtype(plan),
             attn_implementation=plan.value("attention"),
             trust_remote_code=section.trust_remote_code,
         )

@@ -82,7 +82,7 @@ def save_final(folder: Path, model: Any, tokenizer: Any, state_dict: dict[str, t
         # save_pretrained empties the dictionary that it is given.
         model.save_pretrained(str(staging), state_dict=None if state_dict is None else dict(state_dict))
         tokenizer.save_pretrained(str(staging))
-        if state_dict is not None:
+        if state_dict is not None and (staging / "config.json").exists():  # adapters have none
             _name_dtype(staging, state_dict)
         for path in sorted(staging.rglob("*")):
             _make_durable(path)
@@ -97,17 +97,20 @@ def save_final(folder: Path, model: Any, tokenizer: Any, state_dict: dict[str, t
 def full_weights(model: Any, *, keep: bool) -> dict[str, torch.Tensor]:
     """Join ZeRO's fp32 master weights: what was really trained, not its 16-bit copy. Every rank takes part.
 
-    The result is on the CPU, and empty on a rank that does not `keep` it.
+    The result is on the CPU, and empty on a rank that does not `keep` it. Under adapters the frozen weights are left
+    out: they are those of the checkpoint.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights: dict[str, torch.Tensor] = {}
-    named = dict(model.named_parameters())
-    for name, weight in named.items():
+    has_adapters = any(not weight.requires_grad for weight in model.parameters())
+    for name, weight in model.named_parameters():
+        if has_adapters and not weight.requires_grad:
+            continue
         whole = safe_get_full_fp32_param(weight)
         if keep:
             weights[name] = (weight if whole is None else whole).detach().cpu().clone()
-    if keep:
+    if keep and not has_adapters:
         weights |= {
             name: value.cpu() for name, value in model.state_dict().items() if name in dict(model.named_buffers())
         }

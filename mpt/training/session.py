@@ -16,13 +16,18 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import enable_tf32
 
 from mpt.errors import MptError
+from mpt.planning.number_formats import TORCH_ADAMW
 from mpt.planning.plan import Plan
 from mpt.running.journal import Journal
+from mpt.running.metrics import read_rows
 from mpt.running.run_directory import AttemptDirectory, RunDirectory
-from mpt.terms import DeviceKind, Feature, Precision
+from mpt.terms import DeviceKind, Feature
+from mpt.training.adapters import add_adapters
 from mpt.training.audit import Audit
 from mpt.training.data import read_documents
 from mpt.training.outcome import StopRequest
+from mpt.training.precision.apply import DTYPES, apply_precision
+from mpt.training.precision.pure_bf16 import PureBf16AdamW
 from mpt.training.saving import full_weights, save_final
 from mpt.training.step_watch import StepWatch
 from mpt.training.tasks import task_module
@@ -90,6 +95,8 @@ def train(
 
     phase("model")
     model = task.build_model(plan, tokenizer, seed=arguments.seed)
+    apply_precision(model, plan)
+    model = add_adapters(model, plan)
 
     phase("setup")
     watch = StepWatch(journal, run.metrics, attempt=number, rank=rank, stop=stop, device=arguments.device)
@@ -106,6 +113,7 @@ def train(
             eval_dataset=samples.held_out,
             data_collator=task.build_collator(plan, tokenizer),
             processing_class=tokenizer,
+            optimizer_cls_and_kwargs=pure_bf16_optimizer(plan, arguments),
         )
     resume_from = None if plan.resume_from is None else str(run.checkpoints / plan.resume_from)
     trainer.train(resume_from_checkpoint=resume_from)
@@ -140,9 +148,25 @@ def build_arguments(plan: Plan, run: RunDirectory) -> TrainingArguments:
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one device: the Trainer would wrap the model in DataParallel
     if plan.machine.kind is DeviceKind.CUDA and plan.machine.all_compute(Feature.TF32):
-        # What stays fp32 beside 16-bit matrix multiplications may use TF32; an fp32 run means fp32.
-        enable_tf32(plan.value("precision") != Precision.FP32)
+        enable_tf32(plan.value("tf32"))
     return arguments
+
+
+def pure_bf16_optimizer(plan: Plan, arguments: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
+    """Give the Trainer the optimizer that rounds bf16 weights; None where the Trainer's own is planned."""
+    if plan.value("rounding") is None or plan.value("optimizer") not in TORCH_ADAMW:
+        return None
+    return PureBf16AdamW, {
+        "lr": arguments.learning_rate,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+        "rounding": plan.value("rounding"),
+        "state_dtype": DTYPES[plan.value("optimizer_state_dtype")],
+        "master_weights": plan.value("master_weights_dtype") == "fp32",
+        "seed": arguments.seed,
+        # ZeRO gives each rank other weights; DDP's replicas must round alike.
+        "shard": arguments.process_index if plan.deepspeed is not None else 0,
+    }
 
 
 def _finish(plan: Plan, run: RunDirectory, trainer: PlanTrainer, tokenizer: Any, phase: Any, barrier: Any) -> Finished:
@@ -198,16 +222,9 @@ def _sample(plan: Plan, trainer: PlanTrainer, tokenizer: Any) -> None:
 
 
 def _train_loss(run: RunDirectory) -> float | None:
-    """Average the loss over every step of the run, whichever attempt made it: the last row of a step counts."""
-    losses: dict[int, float] = {}
-    for line in run.metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # torn by a kill
-            continue
-        if "loss" in row:
-            losses[row["step"]] = float(row["loss"])
-    return math.fsum(losses.values()) / len(losses) if losses else None
+    """Average the loss over every step of the run, whichever attempt made it."""
+    losses = [float(row["loss"]) for row in read_rows(run).values()]
+    return math.fsum(losses) / len(losses) if losses else None
 
 
 def _stand_alone_rendezvous() -> None:

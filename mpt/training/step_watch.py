@@ -19,9 +19,10 @@ import torch.distributed as dist
 
 from mpt.running.journal import Journal
 from mpt.training.outcome import Diverged, StopRequest
+from mpt.training.skip_rate import REMEDY, SkipRate
 
 # Skipped steps in a row after which a fixed loss scale is judged too high for good. A dynamic one has by then been
-# halved from 2^16 to below 1 and is judged by that.
+# halved from 2^16 to below 1, or to the floor that it was given, and is judged by that.
 MAX_SKIPS_AT_STATIC_SCALE = 20
 
 
@@ -35,6 +36,8 @@ class Step:
     learning_rate: float
     grad_norm: float | None = None
     loss_scale: float | None = None
+    is_at_floor: bool | None = None
+    """Whether an overflow could not lower the loss scale any more; None where it has no floor."""
     skipped: bool = False
 
 
@@ -57,13 +60,14 @@ class StepWatch:
         self._number = 0
         self._learning_rate = 0.0
         self._skips = 0
-        self._began = time.perf_counter()
+        self._skip_rate = SkipRate()
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def begin(self, number: int, learning_rate: float) -> None:
         """Start step `number` (from 1), before its data is fetched; `learning_rate` is the one it will use."""
         self._losses, self._tokens = [], []
         self._number, self._learning_rate = number, learning_rate
-        self._began = time.perf_counter()
+        self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def add_batch(self, inputs: dict[str, Any]) -> None:
         """Count a micro batch's tokens, padding excluded."""
@@ -74,8 +78,13 @@ class StepWatch:
         """Note a micro batch's share of the step's loss."""
         self._losses.append(loss.detach())
 
-    def agree(self, grad_norm: torch.Tensor | None = None, loss_scale: torch.Tensor | None = None) -> Step:
-        """Sum over ranks, and judge. `grad_norm` is the same on every rank already.
+    def agree(
+        self,
+        grad_norm: torch.Tensor | None = None,
+        loss_scale: torch.Tensor | None = None,
+        is_at_floor: torch.Tensor | None = None,
+    ) -> Step:
+        """Sum over ranks, and judge. `grad_norm`, `loss_scale` and `is_at_floor` are the same on every rank already.
 
         Raises Diverged for a non-finite loss, and for a non-finite gradient norm without a loss scale to blame it on.
         """
@@ -91,10 +100,12 @@ class StepWatch:
             world = dist.get_world_size()
             dist.all_reduce(shared)
         nothing = torch.full((), math.nan, dtype=kind, device=self.device)
-        local = [nothing if value is None else value.detach().to(kind) for value in (grad_norm, loss_scale)]
-        total_loss, all_tokens, wishes, norm, scale = torch.cat([shared, torch.stack(local)]).tolist()
+        known = (grad_norm, loss_scale, is_at_floor)
+        local = [nothing if value is None else value.detach().to(kind) for value in known]
+        total_loss, all_tokens, wishes, norm, scale, floored = torch.cat([shared, torch.stack(local)]).tolist()
         step = Step(self._number, total_loss / world, round(all_tokens), self._learning_rate)
         step.loss_scale = None if loss_scale is None else scale
+        step.is_at_floor = None if is_at_floor is None else bool(floored)
         self.step = step
         if wishes and not self.stop_agreed:
             self.stop_agreed = True
@@ -131,7 +142,13 @@ class StepWatch:
         scale = self.step.loss_scale
         if not self.step.skipped or scale is None:
             return
-        if (is_static and self._skips >= MAX_SKIPS_AT_STATIC_SCALE) or (not is_static and scale < 1):
+        if is_static:
+            is_hopeless = self._skips >= MAX_SKIPS_AT_STATIC_SCALE
+        elif self.step.is_at_floor is not None:
+            is_hopeless = self.step.is_at_floor  # DeepSpeed's "Current loss scale already at minimum"
+        else:
+            is_hopeless = scale < 1
+        if is_hopeless:
             self.fail("loss_scale", scale)
 
     def fail(self, what: str, value: float) -> None:
@@ -156,8 +173,19 @@ class StepWatch:
             tokens=step.tokens,
             tokens_per_second=step.tokens / seconds,
             step_time_s=seconds,
+            cpu_time_s=time.process_time() - self._cpu_began,
             memory_gib=memory_high_water_gib(self.device),
         )
+        if step.loss_scale is not None:
+            self._watch_skips(step)
+
+    def _watch_skips(self, step: Step) -> None:
+        """Journal an alarm where too many of the last steps were skipped."""
+        alarm = self._skip_rate.note(skipped=step.skipped)
+        if alarm is not None and self.is_writer:
+            self.journal.append(
+                "alarm", step=step.number, what="skip_rate", share=alarm.share, window=alarm.window, remedy=REMEDY
+            )
 
     def write_row(self, **row: Any) -> None:
         """Append one line in one write; rank 0 only."""

@@ -4,7 +4,7 @@ checkpoints are staged and committed, metrics are written each step, a stop is a
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,12 @@ from mpt.running import checkpoints
 from mpt.running.journal import Journal
 from mpt.running.run_directory import RunDirectory
 from mpt.training.audit import Audit
+from mpt.training.gradient_capture import Measurement
 from mpt.training.outcome import Stopped
-from mpt.training.precision.loss_scaling import build_scaler
+from mpt.training.precision.apply import DTYPES, fp8_context, fp8_recomputes, fp32_buffers, restore_buffers
+from mpt.training.precision.loss_scaling import build_scaler, scale_at_floor
+from mpt.training.precision.reduction import ReduceIn, reduce_in
+from mpt.training.precision.transformer_engine import checkpoint_contexts
 from mpt.training.saving import clear_staging, name_best_relatively, storage_errors
 from mpt.training.step_watch import StepWatch
 
@@ -39,11 +43,18 @@ class PlanTrainer(Trainer):
         self.journal = journal
         self.watch = watch
         self.audit = audit
+        self.measurement = Measurement(run.attempt(watch.attempt), is_writer=watch.is_writer)
         self.newest_checkpoint: str | None = None
         self.last_evaluation: tuple[int, float | None] | None = None
+        self.reduction: ReduceIn | None = None
+        self._fp8 = fp8_context(plan)
         self._staging: Path | None = None
         if watch.is_writer:
             clear_staging(run.checkpoints)
+        if fp8_recomputes(plan):
+            arguments = keywords["args"]
+            again = {"context_fn": checkpoint_contexts(self._fp8)}
+            arguments.activation_checkpointing_kwargs = arguments.activation_checkpointing_kwargs | again
         super().__init__(**keywords)
         self.pad_token_id = getattr(self.model.config, "pad_token_id", None)
         self.add_callback(StepHooks(self))
@@ -75,6 +86,7 @@ class PlanTrainer(Trainer):
         return optimizer
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        buffers = fp32_buffers(self.model)
         try:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         except ValueError as error:
@@ -87,6 +99,9 @@ class PlanTrainer(Trainer):
             self.accelerator.deepspeed_engine_wrapped = WatchedEngine(
                 self.accelerator.deepspeed_engine_wrapped.engine, self
             )
+        restore_buffers(self.model, buffers)
+        if isinstance(self.model_wrapped, torch.nn.parallel.DistributedDataParallel):
+            self.reduction = reduce_in(self.model_wrapped, DTYPES[self.plan.value("reduce_dtype")])
         return prepared
 
     def _init_training_state(self, *arguments: Any, **keywords: Any) -> Any:
@@ -101,6 +116,12 @@ class PlanTrainer(Trainer):
         """torch's loss scaler; None without fp16, and under DeepSpeed."""
         return getattr(self.accelerator, "scaler", None)
 
+    def compute_loss_context_manager(self) -> Any:
+        stack = ExitStack()
+        stack.enter_context(super().compute_loss_context_manager())
+        stack.enter_context(self._fp8())
+        return stack
+
     def _run_epoch(self, *arguments: Any, **keywords: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
             # Resumed at the last step: the loop of transformers would make one more.
@@ -114,6 +135,7 @@ class PlanTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.watch.add_batch(inputs)
+        self.audit.note_batch(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.is_deepspeed_enabled:  # there the engine has noted it before its own step
             self.watch.add_loss(loss)
@@ -125,10 +147,11 @@ class PlanTrainer(Trainer):
         if self.is_deepspeed_enabled:
             return norm
         scale = None if self.scaler is None else self.scaler._get_scale_async()
-        step = self.watch.agree(torch.as_tensor(norm), scale)
+        step = self.watch.agree(torch.as_tensor(norm), scale, scale_at_floor(self.scaler))
         if self.plan.value("loss_scale") is not None:
             self.watch.judge_scale(is_static=self.plan.value("loss_scale").get("static") is not None)
         self.audit.before_first_step(self)
+        self.measurement.before_first_step(self, step.grad_norm)
         return step.grad_norm
 
     # --- evaluation
@@ -257,6 +280,7 @@ class StepHooks(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         self.trainer.watch.write_step()
         self.trainer.audit.after_first_step(self.trainer)
+        self.trainer.measurement.after_step(self.trainer)
 
 
 class WatchedEngine(DeepSpeedEngineWrapper):
@@ -282,6 +306,7 @@ class WatchedEngine(DeepSpeedEngineWrapper):
         scale = torch.tensor(float(engine.optimizer.loss_scale), device=self.trainer.args.device) if is_fp16 else None
         watch.agree(None, scale)
         self.trainer.audit.before_first_step(self.trainer)
+        self.trainer.measurement.before_first_step(self.trainer)
         loss_scale = self.trainer.plan.value("loss_scale")
         try:
             engine.step()

@@ -48,7 +48,7 @@ def _train(run: RunDirectory, number: int, rank: int, journal: Journal) -> int:
     stop.listen()
     if rank == 0:
         journal.append("phase", phase="imports")
-    _quiet_libraries()
+    quiet_libraries()
 
     from mpt.planning.plan import Plan
 
@@ -115,9 +115,12 @@ def _leave_together() -> None:
         dist.destroy_process_group()
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from mpt.training.precision.float8 import quiet_torchao
+
+    quiet_torchao()
     # DeepSpeed calls torch's older names, several times a step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mpt.reporting.live import describe, figures, live_view
+from mpt.reporting.live import SkipCount, describe, figures, live_view, spell_loss_scale
 from tests.running.small_runs import PROGRAM, ROOT, SmallRun
 
 ROW: dict[str, Any] = {
@@ -34,6 +34,53 @@ def test_a_full_row_fits_80_columns() -> None:
 def test_a_missing_or_non_finite_number_is_no_trouble(key: str, value: str | None) -> None:
     text = figures(ROW | {key: value})
     assert (value in text) if value else text.startswith("loss 4.123")
+
+
+@pytest.mark.parametrize(
+    ("skipped", "skips", "text"),
+    [
+        (False, 0, ""),
+        (False, 1, "  1 skip"),
+        (False, 12, "  12 skips"),
+        (True, 1, "  SKIPPED"),
+        (True, 12, "  SKIPPED"),
+    ],
+)
+def test_the_loss_scale_stands_with_what_it_skipped_so_far(skipped: bool, skips: int, text: str) -> None:
+    row = {"loss": 4.0, "loss_scale": 65536.0, "skipped": skipped}
+    assert figures(row, skips) == f"loss 4.000  scale 65536{text}"
+
+
+@pytest.mark.parametrize(
+    ("scale", "text"),
+    [(1.0, "1"), (0.125, "0.125"), (3000.0, "3000"), (2.0**19, "524288"), (2.0**20, "2^20"), (3e6, "3e+06")],
+)  # fmt: skip
+def test_a_loss_scale_is_short(scale: float, text: str) -> None:
+    assert spell_loss_scale(scale) == text
+
+
+def test_skips_are_counted_over_attempts_and_each_step_once() -> None:
+    """Attempt 1 gets to step 4, attempt 2 goes on from step 2: of the steps after it, only the new ones count."""
+    count = SkipCount()
+
+    def skips_after(attempt: int, step: int, skipped: bool) -> int:
+        return count.note({"attempt": attempt, "step": step, "skipped": skipped})
+
+    assert [skips_after(1, step, step != 3) for step in (1, 2, 3, 4)] == [1, 2, 2, 3]
+    assert [skips_after(2, step, step == 4) for step in (3, 4, 5)] == [2, 3, 3]
+    assert count.note({"attempt": 2, "step": 6}) == 3
+
+
+def test_plain_lines_tell_the_skips_that_they_leave_out() -> None:
+    stream = io.StringIO()
+    with live_view(stream) as view:
+        view.attempt(1, None)
+        view.event({"kind": "training_started", "step": 0, "max_steps": 4, "samples": 100})
+        for step in (1, 2, 3, 4):
+            view.row(ROW | {"step": step, "skipped": step in (2, 3)})
+    first, last = stream.getvalue().splitlines()[1:]
+    assert first == f"step 1/4  {figures(ROW | {'skipped': False})}"
+    assert "scale 65536  2 skips" in last
 
 
 def show(view: Any) -> None:
@@ -82,6 +129,18 @@ def test_a_stream_that_is_closed_meanwhile_is_no_trouble() -> None:
         ({"kind": "training_started", "step": 0, "max_steps": None, "samples": None}, "training"),
         ({"kind": "audit", "passed": False}, "audit FAILED"),
         ({"kind": "non_finite", "step": 3, "what": "loss", "value": "nan"}, "step 3  loss is nan"),
+        (
+            {"kind": "step_skipped", "step": 3, "reason": "overflow: why", "loss_scale": 2.0**27},
+            "step 3  skipped: overflow: why (loss scale 2^27)",
+        ),
+        (
+            {"kind": "alarm", "step": 60, "what": "skip_rate", "share": 0.153, "window": 59, "remedy": "Do this."},
+            "step 60  ALARM: 15% of the last 59 steps were skipped by overflow. Do this.",
+        ),
+        (
+            {"kind": "alarm", "step": 60, "what": "something else", "remedy": "Do that."},
+            "step 60  ALARM: something else. Do that.",
+        ),
         ({"kind": "stop_requested", "step": 3, "by": "SIGTERM"}, "step 3  stop requested by SIGTERM"),
         ({"kind": "stop_requested", "by": "SIGTERM"}, None),
         ({"kind": "evaluated", "step": 3, "eval_loss": None}, None),

@@ -13,6 +13,7 @@ from typing import Any
 
 from mpt.hardware.specs import parse_machine
 from mpt.planning.model_facts import learn_model_facts
+from mpt.planning.modules import learn_modules
 from mpt.planning.plan import resolve
 from mpt.recipe.schema import Recipe
 from mpt.running.journal import last_word, read_events
@@ -58,7 +59,8 @@ class Run:
 
     def prepare(self, attempt: int = 1, resume_from: str | None = None) -> None:
         """Write the attempt's plan, as the supervisor would."""
-        plan = resolve(self.recipe, parse_machine("cpu"), learn_model_facts(self.recipe), name="tiny")
+        modules = learn_modules(self.recipe)
+        plan = resolve(self.recipe, parse_machine("cpu"), learn_model_facts(self.recipe), name="tiny", modules=modules)
         text = json.dumps(plan.to_json() | {"resume_from": resume_from})
         self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomically(self.directory.attempt(attempt).plan, text)

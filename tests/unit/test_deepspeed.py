@@ -13,8 +13,11 @@ from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.plan import Plan
 from mpt.recipe.schema import OffloadSection, Recipe
 from mpt.terms import OffloadDevice
+from tests.unit.module_lists import LLAMA, llama_modules
 
-MODEL = {"config": {"model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}}
+SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "max_position_embeddings": 2048}
+MODEL = {"config": LLAMA | SIZES | {"vocab_size": 4096}}
+FP8 = {"mode": "fp8", "fp8": {"auto_filter": False}}  # the layers are too small to gain
 
 
 def plan_of(machine: str = "8xH100", **keys: Any) -> tuple[Plan, tuple[str, ...]]:
@@ -27,6 +30,7 @@ def plan_of(machine: str = "8xH100", **keys: Any) -> tuple[Plan, tuple[str, ...]
         name="a-plan",
         stage=options.get("stage"),
         offload=options.get("offloaded"),
+        modules=llama_modules(MODEL["config"]),
     )
 
 
@@ -65,15 +69,60 @@ def test_nothing_is_left_automatic(machine: str, stage: int) -> None:
     [
         ("T4", "auto", "fp16"),
         ("8xH100", "auto", "bf16"),
-        ("8xH100", "fp8", "bf16"),
+        ("8xH100", FP8, "bf16"),
+        ("8xB200", "mxfp8", "bf16"),
+        ("8xH100", "bf16_pure", "bf16"),
+        ("8xH100", {"mode": "bf16", "layers": {"*.mlp": "fp8"}}, "bf16"),
+        ("8xH100", {"mode": "bf16", "layers": {"lm_head": "fp32"}}, "torch_autocast"),
+        ("8xH100", FP8 | {"layers": {"lm_head": "fp32"}}, "torch_autocast"),
         ("8xH100", "fp32", None),
+        ("8xH100", {"mode": "fp32", "layers": {"*.mlp": "bf16"}}, None),
         ("P100", "auto", None),
     ],
+    ids=str,
 )
-def test_the_number_format_has_its_block_and_no_other(machine: str, precision: str, block: str | None) -> None:
-    config = config_of(machine, precision=precision)
-    assert {"fp16", "bf16"} & set(config) == ({block} if block else set())
-    assert all(config[name]["enabled"] is True for name in {"fp16", "bf16"} & set(config))
+def test_the_number_format_has_its_block_and_no_other(machine: str, precision: Any, block: str | None) -> None:
+    plan, _ = plan_of(machine, precision=precision)
+    assert plan.deepspeed is not None
+    found = {"fp16", "bf16", "torch_autocast"} & set(plan.deepspeed)
+    assert found == ({block} if block else set())
+    assert all(plan.deepspeed[name]["enabled"] is True for name in found)
+    # transformers compares its own flags with these blocks, and accelerate turns an engine on by them.
+    assert {name for name in ("bf16", "fp16") if plan.training_arguments[name]} == found - {"torch_autocast"}
+
+
+def test_pure_bf16_has_no_fp32_copies_and_an_optimizer_of_mpts_own() -> None:
+    plan, notes = plan_of(precision="bf16_pure", stage=2)
+    assert plan.deepspeed is not None
+    assert plan.deepspeed["bf16"] == {
+        "enabled": True,
+        "check_grad_overflow": True,
+        "bf16_master_weights_and_grads": True,
+        "bf16_optimizer_states": True,
+    }
+    assert (plan.deepspeed["communication_data_type"], plan.deepspeed["data_types"]["grad_accum_dtype"]) == (
+        "bf16",
+        "bf16",
+    )
+    assert "optimizer" not in plan.deepspeed and plan.deepspeed["zero_allow_untested_optimizer"] is True
+    assert any("mpt's own optimizer" in note for note in notes)
+    assert plan.value("autocast_dtype") is None
+
+
+def test_an_optimizer_that_pure_bf16_leaves_alone_is_the_trainers() -> None:
+    pure = {"mode": "bf16_pure", "rounding": "nearest"}
+    plan, notes = plan_of(precision=pure, stage=2, training={"optim": "adafactor"})
+    assert plan.deepspeed is not None and "optimizer" not in plan.deepspeed
+    assert any("training.optim is adafactor" in note for note in notes)
+
+
+def test_beside_fp32_islands_gradients_are_summed_and_accumulated_in_fp32() -> None:
+    islands = {"mode": "bf16", "layers": {"lm_head": "fp32"}}
+    config = config_of(precision=islands, stage=3)
+    assert (config["communication_data_type"], config["data_types"]) == ("fp32", {"grad_accum_dtype": "fp32"})
+    for key in ("reduce_dtype", "grad_accum_dtype"):
+        with pytest.raises(MptError, match=key):
+            config_of(precision=islands | {key: "bf16"}, stage=3)
 
 
 def test_the_loss_scale_of_the_recipe_reaches_the_fp16_block() -> None:

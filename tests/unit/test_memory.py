@@ -53,6 +53,7 @@ PURE = replace(
     grad_accum_dtype="bf16",
     optimizer_state_dtype="bf16",
     autocast_dtype=None,
+    master_weights_dtype="bf16",
 )
 ZERO = replace(
     AMP, weights_dtype="bf16", gradient_dtype="bf16", autocast_dtype=None, world_size=8, processes_per_node=8
@@ -68,6 +69,14 @@ def states_per_parameter(work: Workload) -> float:
     [
         (AMP, 16),
         (PURE, 8),
+        (replace(PURE, optimizer_state_dtype="fp32"), 12),
+        (replace(PURE, keeps_compensation=True), 10),
+        (replace(PURE, optimizer_state_dtype="fp32", master_weights_dtype="fp32"), 16),
+        (replace(PURE, grad_accum_dtype="fp32"), 10),
+        (replace(PURE, strategy=Strategy.DDP, world_size=8), 8),
+        # DeepSpeed's shard of the weights, which it updates, is a bf16 copy.
+        (replace(PURE, strategy=Strategy.ZERO2, world_size=8), 2 + (2 + 4 + 2) / 8),
+        (replace(PURE, strategy=Strategy.ZERO3, world_size=8, optimizer_state_dtype="fp32"), (2 + 2 + 8 + 2) / 8),
         (replace(AMP, optimizer="adamw_8bit", optimizer_state_dtype="int8"), 10),
         (replace(AMP, optimizer="sgd"), 8),
         (replace(AMP, optimizer="lion_32bit"), 12),
@@ -100,6 +109,11 @@ def test_llama_2_7b_in_pure_bf16_peaks_where_torch_says_it_does() -> None:
     estimate = estimate_memory(replace(PURE, gradient_checkpointing=True))
     tensors = estimate.peak_gib - estimate.parts_gib["overhead"]
     assert tensors * 1024 == pytest.approx(51910, rel=0.02)
+
+
+def test_adapters_have_no_master_copy_beside_them() -> None:
+    lora = replace(AMP, method=Method.LORA, weights_dtype="bf16", lora_rank=8)
+    assert optimizer_bytes(lora) == 8 * trainable_parameters(lora)
 
 
 def test_ddp_holds_the_gradients_twice() -> None:

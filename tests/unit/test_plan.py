@@ -15,6 +15,8 @@ from mpt.planning.plan import Plan, resolve
 from mpt.recipe.catalog import find_recipe, list_recipes
 from mpt.recipe.load import load_recipe
 from mpt.recipe.schema import Recipe
+from mpt.reporting.plan_table import group_layers, print_plan
+from tests.unit.module_lists import LLAMA, llama_modules
 
 KEYS = {
     "precision",
@@ -28,7 +30,7 @@ KEYS = {
     "world_size",
     "optimizer",
 }
-TINY = {
+TINY: dict[str, Any] = {
     "model": {"config": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                          "num_attention_heads": 4, "max_position_embeddings": 128}},
     "data": {"source": "builtin:python-reference", "sequence_length": 64},
@@ -77,7 +79,23 @@ def test_a_plan_of_another_version_is_refused() -> None:
         ("A100-80GB", {"precision": "fp32"}, ("fp32", None, "fp32", "fp32", "fp32")),
         ("T4", {}, ("fp16", "fp16", "fp32", "fp32", "fp32")),
         ("8xA100-80GB", {"distributed": {"strategy": "zero2"}}, ("bf16", None, "bf16", "fp32", "fp32")),
-        ("A100-80GB", {"precision": "bf16_pure"}, ("bf16_pure", None, "bf16", "bf16", "bf16")),
+        # A bf16 second moment would never decay with the default beta2 of 0.999.
+        ("A100-80GB", {"precision": "bf16_pure"}, ("bf16_pure", None, "bf16", "bf16", "fp32")),
+        (
+            "A100-80GB",
+            {"precision": "bf16_pure", "training": {"adam_beta2": 0.95}},
+            ("bf16_pure", None, "bf16", "bf16", "bf16"),
+        ),
+        (
+            "8xA100-80GB",
+            {"precision": "bf16_pure", "distributed": {"strategy": "zero3"}, "training": {"adam_beta2": 0.95}},
+            ("bf16_pure", None, "bf16", "bf16", "bf16"),
+        ),
+        (
+            "A100-80GB",
+            {"precision": {"mode": "bf16_pure", "master_weights": "fp32"}, "training": {"adam_beta2": 0.95}},
+            ("bf16_pure", None, "bf16", "fp32", "fp32"),
+        ),
     ],
 )
 def test_the_plan_says_which_format_holds_what(machine: str, keys: dict[str, Any], formats: tuple[Any, ...]) -> None:
@@ -99,7 +117,13 @@ def test_a_training_key_reaches_the_keywords_under_its_own_name() -> None:
 
 @pytest.mark.parametrize(
     ("precision", "machine", "flags"),
-    [("bf16", "A100-80GB", (True, False)), ("fp16", "T4", (False, True)), ("fp32", "T4", (False, False))],
+    [
+        ("bf16", "A100-80GB", (True, False)),
+        ("fp16", "T4", (False, True)),
+        ("fp32", "T4", (False, False)),
+        ("tf32", "A100-80GB", (False, False)),
+        ("bf16_pure", "A100-80GB", (False, False)),
+    ],
 )
 def test_the_precision_becomes_the_trainers_flags(precision: str, machine: str, flags: tuple[bool, bool]) -> None:
     keywords = plan_of(machine, precision=precision).training_arguments
@@ -144,6 +168,68 @@ def test_the_short_form_names_the_precision_and_its_reason() -> None:
     lines = dict(explain_short(plan_of("T4")))
     assert lines["precision"].startswith("fp16 (auto)")
     assert "no native bf16" in lines["precision"]
+
+
+def fp8_plan(machine: str, **precision: Any) -> Plan:
+    recipe = Recipe.model_validate(
+        TINY | {"precision": {"mode": "fp8", "fp8": {"auto_filter": False}, "allow_emulation": True} | precision}
+    )
+    modules = llama_modules(LLAMA | TINY["model"]["config"])
+    return resolve(recipe, parse_machine(machine), learn_model_facts(recipe), name="a-plan", modules=modules)
+
+
+@pytest.mark.parametrize(
+    ("machine", "precision", "sentence"),
+    [
+        ("H100", {}, "12 in fp8, 3 in bf16; fp8 by torchao, tensorwise, compiled"),
+        (
+            "H100",
+            {"fp8": {"backend": "transformer_engine", "recipe": "delayed"}},
+            "12 in fp8, 3 in bf16; fp8 by Transformer Engine, delayed",
+        ),
+        (
+            "cpu",
+            {"layers": {"lm_head": "fp32"}},
+            "12 in fp8, 2 in bf16, 1 in fp32; fp8 is EMULATED: right numbers, slower than bf16",
+        ),
+        ("A100", {"mode": "bf16", "fp8": None, "layers": {"lm_head": "fp32"}}, "14 in bf16, 1 in fp32"),
+    ],
+)
+def test_the_short_form_counts_the_layers_and_says_how_fp8_is_computed(
+    machine: str, precision: dict[str, Any], sentence: str
+) -> None:
+    assert dict(explain_short(fp8_plan(machine, **precision)))["layers"] == sentence
+
+
+def test_the_short_form_of_a_plan_without_layers_says_nothing_of_them() -> None:
+    assert "layers" not in dict(explain_short(plan_of("A100-80GB")))
+
+
+def test_the_long_form_gathers_layers_that_differ_in_their_block_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(fp8_plan("cpu", layers={"*.1.mlp.up_proj": "bf16", "model.norm": "fp32"}))
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= 80
+    start = lines.index("layers: 11 in fp8, 4 in bf16, 1 in fp32  (asked)")
+    rows = [line.split() for line in lines[start + 1 :] if " x  " in line]
+    assert sum(int(row[1]) for row in rows) == 16
+    assert ["fp8", "2", "x", "model.layers.{0,1}.self_attn.o_proj", "K=64,", "N=64"] in rows
+    assert ["bf16", "1", "x", "model.layers.1.mlp.up_proj", "precision.layers:"] in rows
+    assert not any('"name"' in line for line in lines)
+    assert sum("EMULATED" in line for line in lines) == 2  # of the precision and of fp8
+
+
+def test_layers_of_two_numbers_are_gathered_by_both() -> None:
+    listed = [
+        {"name": f"model.layers.{block}.experts.{expert}.up", "precision": "fp8", "reason": "large"}
+        for block in range(3)
+        for expert in range(8)
+        if (block, expert) != (0, 0)
+    ]
+    assert group_layers(listed) == [
+        ("model.layers.0.experts.{1..7}.up", "fp8", "large", 7),
+        ("model.layers.{1,2}.experts.{0..7}.up", "fp8", "large", 16),
+    ]
+    assert group_layers([]) == []
 
 
 def test_recipes_stay_short(tmp_path: Path) -> None:

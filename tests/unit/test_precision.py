@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpt.errors import ExitCode, UnsupportedError
+from mpt.errors import ExitCode, MptError, UnsupportedError
 from mpt.hardware.machine import Device, Machine
 from mpt.hardware.specs import parse_machine
 from mpt.planning.precision import CheckpointFacts, choose_precision
@@ -60,6 +60,20 @@ def test_a_card_without_bf16_takes_fp32_for_a_family_that_overflows_fp16(
     assert ("overflow" in decision.reason) == (checkpoint.dtype is not None)
 
 
+@pytest.mark.parametrize("machine", ["T4", "V100", "H100", "cpu"])
+def test_fp16_with_a_checkpoint_known_to_overflow_is_refused_before_it_is_tried(machine: str) -> None:
+    checkpoint = CheckpointFacts("bf16", overflows_in_fp16=True)
+    where = parse_machine(machine)
+    with pytest.raises(MptError, match="65504") as caught:
+        choose_precision(Precision.FP16, where, checkpoint=checkpoint, allow_emulation=True)
+    assert caught.value.exit_code == ExitCode.USAGE
+    assert f"precision: {choose_precision(None, where, checkpoint=checkpoint).value}" in caught.value.remedy
+    assert "layers" in caught.value.remedy
+    # Islands may hold what overflows, and another family may not overflow.
+    for keys in ({"has_layers": True, "checkpoint": checkpoint}, {"checkpoint": CheckpointFacts("bf16", False)}):
+        assert choose_precision(Precision.FP16, where, allow_emulation=True, **keys).value == "fp16"
+
+
 @pytest.mark.parametrize(
     ("asked", "machine"),
     [
@@ -85,6 +99,8 @@ def test_emulation_is_taken_only_when_it_is_allowed_and_is_said_loudly() -> None
     decision = choose_precision(Precision.BF16, parse_machine("T4"), allow_emulation=True)
     assert decision.value == "bf16"
     assert "EMULATED" in decision.reason
+    # fp32 would be faster than what was asked for.
+    assert not any("slower" in option.reason for option in decision.rejected)
 
 
 @pytest.mark.parametrize(

@@ -160,11 +160,29 @@ def test_what_the_machine_can_not_do_is_unsupported(machine: str, keys: dict[str
         layout(machine, **keys)
 
 
-@pytest.mark.parametrize("keys", [{"distributed": {"strategy": "zero2"}}, {"offload": "cpu"}])
-def test_pure_bf16_is_not_zero_s(keys: dict[str, Any]) -> None:
-    with pytest.raises(MptError, match="bf16_pure"):
-        layout("8xH100", computing=Precision.BF16_PURE, **keys)
-    assert layout("8xA100-80GB", computing=Precision.BF16_PURE).strategy.value is Strategy.DDP
+@pytest.mark.parametrize("strategy", [Strategy.ZERO1, Strategy.ZERO2, Strategy.ZERO3])
+def test_pure_bf16_goes_through_zero_as_asked(strategy: Strategy) -> None:
+    found = layout("8xH100", computing=Precision.BF16_PURE, distributed={"strategy": strategy})
+    assert found.strategy.value is strategy
+
+
+@pytest.mark.parametrize("keys", [{}, {"distributed": {"strategy": "zero2"}}, {"distributed": {"strategy": "zero3"}}])
+def test_pure_bf16_is_never_offloaded_for_deepspeeds_cpu_optimizer_does_not_round_as_asked(
+    keys: dict[str, Any],
+) -> None:
+    with pytest.raises(MptError, match="bf16_pure") as caught:
+        layout("8xH100", computing=Precision.BF16_PURE, offload="cpu", **keys)
+    assert "precision: bf16" in caught.value.remedy
+    unasked = layout("T4", "meta-llama/Llama-2-7b-hf", computing=Precision.BF16_PURE, **keys)
+    assert unasked.offload.value["optimizer"] == unasked.offload.value["parameters"] == "none"
+    assert not unasked.memory.fits
+
+
+def test_pure_bf16_needs_half_the_memory_and_so_fewer_devices() -> None:
+    asked = {"training": {"adam_beta2": 0.95}, "gradient_checkpointing": True, "precision": "bf16_pure"}
+    found = layout("A100-80GB", computing=Precision.BF16_PURE, **asked)
+    assert (found.strategy.value, found.memory.fits) == (Strategy.SINGLE, True)
+    assert not layout("A100-80GB", gradient_checkpointing=True, offload="none").memory.fits
 
 
 @pytest.mark.parametrize(
@@ -218,9 +236,14 @@ def test_unknown_memory_is_taken_to_be_enough() -> None:
 
 
 def test_a_wish_that_only_deepspeed_can_meet_goes_to_deepspeed() -> None:
-    found = layout("8xH100", "gpt2", precision={"mode": "bf16", "reduce_dtype": "bf16"})
+    found = layout("8xH100", "gpt2", precision={"mode": "bf16", "grad_accum_dtype": "bf16"})
     assert found.strategy.value is Strategy.ZERO2
-    assert "reduce_dtype" in next(option.reason for option in found.strategy.rejected if option.value == "ddp")
+    assert "grad_accum_dtype" in next(option.reason for option in found.strategy.rejected if option.value == "ddp")
+
+
+def test_ddp_sums_in_the_format_that_is_asked_for() -> None:
+    found = layout("8xH100", "gpt2", precision={"mode": "bf16", "reduce_dtype": "bf16"})
+    assert found.strategy.value is Strategy.DDP
 
 
 def test_qlora_is_never_divided_unasked() -> None:

@@ -1,0 +1,249 @@
+"""Which module computes in which precision: the recipe's patterns and fp8's choice of layers, as one list. Pure.
+
+Islands are modules that compute in another format than the model around them. Called by `mpt.planning.plan`.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from mpt.errors import MptError, UnsupportedError
+from mpt.hardware.machine import Machine
+from mpt.planning.decision import Decision, Origin
+from mpt.planning.float8 import check_some_converted, choose_float8_layers
+from mpt.planning.modules import ModuleShape, matches
+from mpt.planning.number_formats import SIXTEEN_BIT
+from mpt.planning.precision import require_fp8
+from mpt.recipe.schema import PrecisionSection
+from mpt.terms import FP8_MODES, Feature, Precision
+
+MATMULS = ("linear", "conv1d")
+WILDCARDS = frozenset("*?[")
+# Which formats a module may have inside a model of which precision.
+ISLANDS: dict[Precision, tuple[str, ...]] = {
+    Precision.FP32: ("fp32", "bf16"),
+    Precision.TF32: ("bf16",),
+    Precision.FP16: ("fp32", "fp16", "bf16"),
+    Precision.BF16: ("fp32", "bf16", "fp8"),
+    Precision.BF16_PURE: ("fp32", "bf16", "fp8"),
+    Precision.FP8: ("fp32", "bf16", "fp8"),
+    Precision.MXFP8: ("fp32", "bf16", "fp8"),
+}
+# Why a format is missing above, and the modes that have it.
+MISSING: dict[str, tuple[str, str]] = {
+    "fp32": ("TF32 is one switch for every fp32 multiplication", "mode fp32"),
+    "fp16": ("fp16 gradients need a loss scale", "mode fp16"),
+    "fp8": ("fp8 layers hand bf16 to one another", "mode bf16 or fp8"),
+}
+
+
+def choose_layers(
+    section: PrecisionSection,
+    precision: Precision,
+    modules: Sequence[ModuleShape] | None,
+    *,
+    machine: Machine,
+    fp8: Mapping[str, Any] | None,
+) -> Decision[dict[str, Any] | None]:
+    """List every matrix multiplication and every island with its precision and the reason.
+
+    None where the whole model computes in `precision`. `fp8` is the plan's value of that name. Raises MptError for a
+    pattern that matches nothing or fights another, and for a format that the mode can't hold; UnsupportedError for one
+    that the machine can't compute.
+    """
+    if section.layers is None and precision not in FP8_MODES:
+        return Decision(None, Origin.DERIVED, f"every matrix multiplication computes in {precision}")
+    assert modules is not None, "the caller learns the modules where the recipe speaks of layers"
+    _check_formats(section, precision, machine)
+    asked = _asked(section.layers or {}, modules)
+    base = _base(precision)
+    fp8_word = precision.value if precision in FP8_MODES else "fp8"
+    converted: dict[str, tuple[bool, str]] = {}
+    if precision in FP8_MODES:
+        converted = _converted(section, modules, fp8 or {})
+    listed = []
+    for module in modules:
+        if module.name in asked:
+            pattern, wanted = asked[module.name]
+            chosen, reason = (fp8_word if wanted == "fp8" else wanted), f"precision.layers: {pattern}"
+            if wanted == "fp8":
+                _check_convertible(module, pattern, fp8_word)
+                _check_not_kept(module, pattern, section)
+        elif module.name in converted:
+            is_fp8, reason = converted[module.name]
+            chosen = fp8_word if is_fp8 else base
+        elif module.kind in MATMULS:
+            chosen, reason = base, f"the mode is {precision}"
+        else:
+            continue
+        listed.append({"name": module.name, "precision": chosen, "reason": reason})
+    if precision in FP8_MODES:
+        check_some_converted({entry["name"]: (entry["precision"] == fp8_word, entry["reason"]) for entry in listed})
+    origin = Origin.ASKED if section.layers else Origin.AUTO
+    layers = {"modules": listed}
+    return Decision(layers, origin, count_layers(layers))
+
+
+def count_layers(layers: Mapping[str, Any]) -> str:
+    """Count a plan's `layers` by precision, the most frequent first.
+
+    >>> count_layers({"modules": [{"precision": "bf16"}, {"precision": "fp8"}, {"precision": "fp8"}]})
+    '2 in fp8, 1 in bf16'
+    """
+    counts = Counter(entry["precision"] for entry in layers["modules"])
+    return ", ".join(f"{number} in {name}" for name, number in counts.most_common())
+
+
+def island_dtypes(layers: Mapping[str, Any] | None, precision: Precision) -> dict[str, str]:
+    """Give the modules that compute in another format than the model around them, fp8 ones left out.
+
+    >>> island_dtypes({"modules": [{"name": "lm_head", "precision": "fp32", "reason": ""}]}, Precision.BF16)
+    {'lm_head': 'fp32'}
+    """
+    listed = () if layers is None else layers["modules"]
+    base = _base(precision)
+    return {
+        entry["name"]: entry["precision"]
+        for entry in listed
+        if entry["precision"] != base and entry["precision"] not in FP8_MODES
+    }
+
+
+def check_tied(layers: Mapping[str, Any] | None, precision: Precision, modules: Sequence[ModuleShape] | None) -> None:
+    """Raise MptError where bf16_pure would have to keep one weight in fp32 and in bf16."""
+    islands = island_dtypes(layers, precision)
+    if not islands or precision is not Precision.BF16_PURE:
+        return
+    for module in modules or ():
+        if module.tied_to and (module.name in islands) != (module.tied_to in islands):
+            raise MptError(
+                f"precision.layers makes only one of {module.tied_to} and {module.name} fp32, and they share one "
+                "weight (tied embeddings)",
+                remedy="Name both, or neither.",
+            )
+
+
+def _base(precision: Precision) -> str:
+    return SIXTEEN_BIT.get(precision, "fp32")
+
+
+def _asked(layers: Mapping[str, str], modules: Sequence[ModuleShape]) -> dict[str, tuple[str, str]]:
+    """Find each module's pattern and format."""
+    hits: dict[str, list[str]] = {}
+    for pattern, wanted in layers.items():
+        for module in _meant(pattern, wanted, modules):
+            hits.setdefault(module.name, []).append(pattern)
+    return {name: _strongest(name, patterns, layers) for name, patterns in hits.items()}
+
+
+def _meant(pattern: str, wanted: str, modules: Sequence[ModuleShape]) -> list[ModuleShape]:
+    """List the modules that a pattern means: those that can compute in the format, so no norm inside an fp8 block."""
+    hits = [module for module in modules if matches(module.name, pattern)]
+    if not hits:
+        raise _matches_nothing(pattern, modules)
+    meant = [module for module in hits if wanted == "fp32" or module.kind in MATMULS]
+    if not meant:
+        raise MptError(
+            f'precision.layers: "{pattern}": {wanted} matches no linear layer, only {hits[0].name}',
+            remedy=f"{wanted} is for matrix multiplications: name linear layers, such as "
+            f"{next((module.name for module in modules if module.kind in MATMULS), '*.mlp')}, or ask for fp32.",
+        )
+    return meant
+
+
+def _strongest(name: str, patterns: Sequence[str], layers: Mapping[str, str]) -> tuple[str, str]:
+    """Choose among the patterns that mean a module: its own name, then the name of what holds it, then wildcards."""
+
+    def strength(pattern: str) -> int:
+        return 2 if pattern == name else 0 if WILDCARDS & set(pattern) else 1
+
+    strongest = max(map(strength, patterns))
+    first, *others = (pattern for pattern in patterns if strength(pattern) == strongest)
+    for other in others:
+        if layers[other] != layers[first]:
+            raise MptError(
+                f'precision.layers: "{first}": {layers[first]} and "{other}": {layers[other]} fight over {name}',
+                remedy=f"Make one of the patterns narrower, or add the module's own name: `{name}: {layers[other]}`.",
+            )
+    return first, layers[first]
+
+
+def _matches_nothing(pattern: str, modules: Sequence[ModuleShape]) -> MptError:
+    names = [module.name for module in modules]
+    # What would match: whole names, and their parts behind a wildcard.
+    known = {part: f"*.{part}" for name in names for part in name.split(".") if not part.isdigit()}
+    known |= {name: name for name in names}
+    plain = "".join(sign for sign in pattern if sign not in WILDCARDS).strip(".")
+    near = next((found for word in (plain.rpartition(".")[2], plain) if (found := _near(word, known))), ())
+    ends = sorted({name.rpartition(".")[2] for name in names})
+    return MptError(
+        f'precision.layers: "{pattern}" matches no module of the model'
+        + (f"; did you mean {' or '.join(near)}?" if near else ""),
+        remedy=f"A pattern is matched against whole names, such as {names[min(1, len(names) - 1)]}; they end in "
+        f"{', '.join(ends[:20])}{', ...' if len(ends) > 20 else ''}.",
+    )
+
+
+def _near(word: str, known: Mapping[str, str]) -> list[str]:
+    if word in known:
+        return [known[word]]
+    return [known[found] for found in get_close_matches(word, sorted(known), 2, 0.6)]
+
+
+def _check_formats(section: PrecisionSection, precision: Precision, machine: Machine) -> None:
+    base = _base(precision)
+    for pattern, wanted in (section.layers or {}).items():
+        if wanted not in ISLANDS[precision]:
+            why, modes = MISSING[wanted]
+            raise MptError(
+                f'precision.layers: "{pattern}": {wanted} does not go with mode {precision}: {why}',
+                remedy=f"Ask for {modes}, or for {' or '.join(ISLANDS[precision])} there.",
+            )
+        if wanted == base or wanted not in ("bf16", "fp8") or (wanted == "fp8" and precision in FP8_MODES):
+            continue  # the mode itself is checked before
+        if not section.allow_emulation and not machine.all_compute(Feature(wanted)):
+            raise UnsupportedError(
+                f'precision.layers: "{pattern}": {wanted} was asked for and {machine.label} has no native {wanted}',
+                remedy=f"Ask for {base} there, or add `allow_emulation: true` to the precision block.",
+            )
+        if wanted == "fp8":
+            require_fp8(machine)
+
+
+def _converted(
+    section: PrecisionSection, modules: Sequence[ModuleShape], fp8: Mapping[str, Any]
+) -> dict[str, tuple[bool, str]]:
+    return choose_float8_layers(
+        modules,
+        recipe=fp8["recipe"],
+        keep_patterns=tuple(fp8["keep_high_precision"]),
+        keep_first=fp8["keep_first"],
+        keep_last=fp8["keep_last"],
+        auto_filter=fp8["auto_filter"],
+    )
+
+
+def _check_convertible(module: ModuleShape, pattern: str, fp8_word: str) -> None:
+    if module.kind != "linear":
+        raise MptError(
+            f'precision.layers: "{pattern}": {module.name} is a Conv1D, which has no fp8 kernel',
+            remedy="Leave it out: fp8 is for torch.nn.Linear.",
+        )
+    multiple = 32 if fp8_word == Precision.MXFP8 else 16
+    if module.in_features % multiple or module.out_features % multiple:
+        raise MptError(
+            f'precision.layers: "{pattern}": {module.name} is {module.in_features} x {module.out_features}, and '
+            f"{fp8_word} kernels need multiples of {multiple}",
+            remedy="Leave it out, or change the model's sizes.",
+        )
+
+
+def _check_not_kept(module: ModuleShape, pattern: str, section: PrecisionSection) -> None:
+    for kept in section.fp8.keep_high_precision if section.fp8 is not None else ():
+        if matches(module.name, kept):
+            raise MptError(
+                f'precision.layers: "{pattern}": fp8 and precision.fp8.keep_high_precision: "{kept}" fight over '
+                f"{module.name}",
+                remedy="Make one of the patterns narrower.",
+            )

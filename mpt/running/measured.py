@@ -1,0 +1,38 @@
+"""What an attempt is asked to measure: `measure.json` in its folder, written by `mpt.measuring`, obeyed by the worker.
+
+An attempt with that file makes its first steps as planned, writes what is asked for, and ends without saving a model.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mpt.running.run_directory import AttemptDirectory, write_json
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """`steps` optimizer steps are made, or fewer where the run has fewer; `keeps_gradients` of the first one."""
+
+    steps: int
+    keeps_gradients: bool = False
+
+
+def gradients_file(attempt: AttemptDirectory) -> Path:
+    """Name the file that holds the first step's gradients: fp32, unscaled, before clipping, by parameter."""
+    return attempt.path / "gradients.safetensors"
+
+
+def ask_to_measure(attempt: AttemptDirectory, measure: Measure) -> None:
+    """Write the wish before the attempt starts. Raises StorageError where the folder can't be written."""
+    write_json(_file(attempt), asdict(measure))
+
+
+def asked_measure(attempt: AttemptDirectory) -> Measure | None:
+    """Read the wish; None for an attempt that simply trains."""
+    file = _file(attempt)
+    return Measure(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
+
+
+def _file(attempt: AttemptDirectory) -> Path:
+    return attempt.path / "measure.json"
