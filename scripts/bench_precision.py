@@ -169,7 +169,8 @@ def report(measured: dict[str, list[dict[str, float]]], matmuls: list[float]) ->
         middle = {key: statistics.median(entry[key] for entry in entries) for key in entries[0]}
         print(
             f"| {name} | {middle['seconds']:.3f} | {statistics.median(ratios):.2f} "
-            f"({min(ratios):.2f} to {max(ratios):.2f}) | {middle['tokens_per_cpu_s']:.0f} | {middle['memory_gib']:.2f} |"
+            f"({min(ratios):.2f} to {max(ratios):.2f}) | {middle['tokens_per_cpu_s']:.0f} "
+            f"| {middle['memory_gib']:.2f} |"
         )
     print(f"| torch.mm, bf16 over fp32 (the limit) | | {statistics.median(matmuls):.2f} | | |")
 

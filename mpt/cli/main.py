@@ -45,6 +45,7 @@ def _register() -> None:
     from mpt.cli.generate_ds_config import generate_ds_config
     from mpt.cli.plan import plan
     from mpt.cli.schema import schema
+    from mpt.cli.search_precision import search_precision
     from mpt.cli.train import train
     from mpt.cli.validate import validate
 
@@ -55,6 +56,7 @@ def _register() -> None:
     app.command("schema")(schema)
     app.command("detect-precision")(detect_precision)
     app.command("generate-ds-config")(generate_ds_config)
+    app.command("search-precision")(search_precision)
     # Values such as -1.5 are arguments, not options.
     app.command("formats", context_settings={"ignore_unknown_options": True})(formats)
 

@@ -37,16 +37,30 @@ def train(
         Path | None,
         typer.Option(help="Write a plain Trainer script of this run here, without mpt, and train nothing."),
     ] = None,
+    compare_to: Annotated[
+        str | None,
+        typer.Option(help="Compare the first steps with fp32, tf32, bf16 or fp16 before the run; as compare.to."),
+    ] = None,
+    compare_steps: Annotated[
+        int | None, typer.Option(help="Steps to compare, 20 unless told; as compare.steps.")
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="max_loss_gap=0.02 or min_gradient_cosine=0.99: start only within the bound; as compare.require."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout at the end.")] = False,
 ) -> None:
     """Train a recipe, or go on with a run that was interrupted."""
+    overrides = [*(overrides or []), *_compare_overrides(compare_to, compare_steps, require or [])]
     if emit_script is not None:
         from mpt.cli.plan import make_plan
 
-        _emit_script(make_plan(recipe, overrides or [], machine, name), emit_script)
+        _emit_script(make_plan(recipe, overrides, machine, name), emit_script)
         return
     try:
-        _train(recipe, overrides or [], dry_run, name, runs_dir, machine, resume, accept_changes, as_json)
+        _train(recipe, overrides, dry_run, name, runs_dir, machine, resume, accept_changes, as_json)
     except MptError as error:
         if as_json:
             counts = {"steps": 0, "train_loss": None, "eval_loss": None, "attempts": 0, "incidents": 0}
@@ -54,6 +68,13 @@ def train(
             refused = {"outcome": "refused", "run_dir": None, **counts, "problem": error.problem}
             _print_result(json.dumps(refused))
         raise
+
+
+def _compare_overrides(to: str | None, steps: int | None, require: list[str]) -> list[str]:
+    """Write the options of the comparison as overrides of the recipe's `compare` block."""
+    given = {"to": to, "steps": steps}
+    said = [f"compare.{key}={value}" for key, value in given.items() if value is not None]
+    return said + [f"compare.require.{bound}" for bound in require]
 
 
 def _train(
@@ -77,6 +98,8 @@ def _train(
         _print_dry_run(plan, as_json)
         return
 
+    from mpt.hardware.packages import installed_packages
+    from mpt.measuring.reference import plan_reference
     from mpt.planning.engines import check_trainable
     from mpt.recipe.sources import check_sources
 
@@ -86,7 +109,8 @@ def _train(
     check_trainable(plan)
     check_sources(plan.recipe.data)
     _check_packages(plan)
-    verdict = _carry_out(plan, run, resume, accept_changes)
+    reference = plan_reference(plan, installed_packages() if machine is None else None)
+    verdict = _carry_out(plan, reference, run, resume, accept_changes)
     _report(run, verdict, as_json)
     if verdict is not None:
         raise typer.Exit(verdict.exit_code)
@@ -156,8 +180,11 @@ def _check_packages(plan: "Plan") -> None:
         )
 
 
-def _carry_out(plan: "Plan", run: "RunDirectory", resume: str, accept_changes: bool) -> "Stop | None":
-    """Open the run and supervise it; None where it had finished before."""
+def _carry_out(
+    plan: "Plan", reference: "Plan | None", run: "RunDirectory", resume: str, accept_changes: bool
+) -> "Stop | None":
+    """Open the run, compare it with the reference where one is given, and supervise it; None where it had finished."""
+    from mpt.measuring.compare import Gate, pass_gate
     from mpt.reporting.live import live_view
     from mpt.running.opening import opened
     from mpt.running.signals import listening
@@ -173,15 +200,20 @@ def _carry_out(plan: "Plan", run: "RunDirectory", resume: str, accept_changes: b
             _say(f"going on in {run.path} from {found.start_from.path.name}")
         wish.is_immediate = False
         with live_view() as view:
+            if reference is not None:
+                refusal = pass_gate(Gate(plan, reference, run, view, wish, os.environ))
+                if refusal is not None:
+                    return refusal
             return supervise(plan, run, view, wish, os.environ, start_from=found.start_from)
 
 
 def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
+    from mpt.measuring.compare import read_result
     from mpt.reporting.live import spell_loss_scale
     from mpt.reporting.summary import last_sample, summarise
     from mpt.running.recovery import Outcome
 
-    summary = summarise(run)
+    summary = summarise(run) | {"compare": read_result(run)}
     if as_json:
         _print_result(json.dumps(summary))
     if verdict is not None and verdict.outcome is not Outcome.FINISHED:

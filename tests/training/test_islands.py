@@ -147,7 +147,7 @@ def test_a_tied_weight_stays_one_and_the_embedding_hands_on_what_the_model_compu
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_that_were_kept_in_fp32_while_the_model_was_cast_are_used_as_they_are(tied: bool) -> None:
     names = ("lm_head", "model.embed_tokens")
-    model = llama(tied=tied)
+    model = llama(tied=tied, vocab_size=8192)  # most of this model is in fp32, and it computes in bf16 all the same
     kept = {id(weight) for name in names for weight in model.get_submodule(name).parameters()}
     for weight in model.parameters():
         if id(weight) not in kept:
@@ -157,6 +157,32 @@ def test_weights_that_were_kept_in_fp32_while_the_model_was_cast_are_used_as_the
     assert torch.equal(model.lm_head.weight, whole)
     assert model.model.embed_tokens(TOKENS).dtype == torch.bfloat16
     assert all(grad.isfinite().all() for grad in gradients(model, None).values())
+
+
+def test_inside_autocast_a_bf16_models_embedding_hands_on_bf16() -> None:
+    model = llama(torch.bfloat16)
+    install_islands(model, {"model.embed_tokens": "fp32"})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.model.embed_tokens(TOKENS).dtype == torch.bfloat16
+
+
+def test_a_weight_that_two_modules_share_is_lowered_for_each_in_its_own_dtype() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = model[2].weight = model[0].weight
+    install_islands(model, {"1": "bf16"})
+    watch = MatmulWatch(dict(model.named_children()))
+    with torch.autocast("cpu", dtype=torch.float16):
+        model(torch.randn(3, 16))
+    assert [dtypes["weight"] for dtypes in watch.seen().values()] == ["fp16", "bf16", "fp16"]
+
+
+def test_an_activation_can_be_an_island() -> None:
+    model = llama(torch.bfloat16)
+    name = "model.layers.0.mlp.act_fn"
+    install_islands(model, {name: "fp32"})
+    watch = IslandWatch({name: model.get_submodule(name)})
+    run(model, None).loss.backward()
+    assert watch.seen()[name] == {"input": "fp32", "weight": None, "output": "fp32"}
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -89,6 +89,7 @@ def estimated_mib(
         gradient_dtype=weights,
         grad_accum_dtype=weights,
         optimizer_state_dtype=weights,
+        master_weights_dtype=weights,
         autocast_dtype="bf16" if autocast else None,
         optimizer="adamw_torch_fused",
         attention=Attention(attention),

@@ -83,7 +83,7 @@ def test_an_island_of_any_kind_is_seen_where_input_and_weight_meet(
     assert tuple(watch.seen()["it"].values()) == expected
 
 
-def test_a_norm_that_widens_its_input_is_named_by_what_reaches_its_weight() -> None:
+def test_a_norm_that_widens_its_input_is_named_by_what_first_reaches_its_weight() -> None:
     class Norm(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -91,7 +91,8 @@ def test_a_norm_that_widens_its_input_is_named_by_what_reaches_its_weight() -> N
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             x = x.float()
-            return (x * x.pow(2).mean(-1, keepdim=True).rsqrt() * (1.0 + self.weight.float())).bfloat16()
+            x = (x * x.pow(2).mean(-1, keepdim=True).rsqrt() * (1.0 + self.weight.float())).bfloat16()
+            return x + self.weight
 
     norm = Norm()
     watch = IslandWatch({"norm": norm})
@@ -253,8 +254,16 @@ def test_two_kernels_in_one_model_are_both_named() -> None:
     assert watch.kernels() == ["eager", "flash"]
 
 
-def test_a_softmax_that_multiplies_nothing_is_no_attention() -> None:
-    module = Attending(lambda x: functional.softmax(x @ x.transpose(-1, -2), -1).argmax(-1).float())
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda x: functional.softmax(x @ x.transpose(-1, -2), -1).argmax(-1).float(),
+        lambda x: functional.softmax(x, -1).transpose(-1, -2) @ x,
+    ],
+    ids=["multiplies nothing", "of no product"],
+)
+def test_a_softmax_alone_is_no_attention(compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    module = Attending(compute)
     watch = AttentionWatch(module)
     module(torch.randn(1, 2, 4, 8))
     assert watch.kernels() == []

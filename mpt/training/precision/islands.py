@@ -52,7 +52,8 @@ def _refuse(name: str, module: nn.Module | None, precision: str) -> None:
     if precision not in ISLAND_DTYPES:
         raise ValueError(f"{name}: {precision} is none of {', '.join(ISLAND_DTYPES)}")
     weights = list(module.parameters())
-    if precision != "fp32" and (isinstance(module, nn.Embedding) or all(weight.dim() < 2 for weight in weights)):
+    shapes = [getattr(weight, "ds_shape", weight.shape) for weight in weights]  # ZeRO-3 leaves an empty weight behind
+    if precision != "fp32" and (isinstance(module, nn.Embedding) or all(len(shape) < 2 for shape in shapes)):
         raise ValueError(f"{name}: autocast lowers matrix multiplications alone, and {type(module).__name__} has none")
     for weight in weights if precision == "fp32" else ():
         if not weight.is_floating_point():

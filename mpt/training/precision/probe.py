@@ -3,7 +3,7 @@
 While the reference pass runs, each layer's input and the gradient of its output are at hand; with them the layer's
 three multiplications (output, input gradient, weight gradient) are done again in each candidate format, as training
 would do them, and compared. The model runs on undisturbed. `mpt.training.sensitivity` asks; the verdict is
-`mpt.measuring.policy`'s.
+`mpt.measuring.precision_policy`'s.
 """
 
 import math
@@ -142,7 +142,7 @@ def in_bf16(source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def in_fp8(
-    twin: nn.Module, source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gradient: torch.Tensor
+    twin: Any, source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gradient: torch.Tensor
 ) -> Products:
     """Do them by the very layer that training would have, under bf16 autocast."""
     leaf = source.detach().requires_grad_()
@@ -152,7 +152,7 @@ def in_fp8(
     return output.detach(), to_input, to_weight
 
 
-def float8_twin(layer: nn.Module, recipe: str, *, emulate: bool) -> nn.Module:
+def float8_twin(layer: nn.Module, recipe: str, *, emulate: bool) -> Any:
     """Make an fp8 layer of a linear layer's own parameters; the model keeps the layer that it has."""
     holder = nn.ModuleDict({"twin": layer})
     convert(holder, frozenset({"twin"}), recipe=recipe, emulate=emulate)
@@ -220,7 +220,7 @@ def time_layer(
     return {kind: statistics.median(measured) for kind, measured in seconds.items()}
 
 
-def _step(module: nn.Module, source: torch.Tensor, gradient: torch.Tensor, *, lowered: bool) -> None:
+def _step(module: Any, source: torch.Tensor, gradient: torch.Tensor, *, lowered: bool) -> None:
     with torch.autocast(source.device.type, dtype=torch.bfloat16, enabled=lowered):
         output = module(source)
     torch.autograd.grad(output, (source, module.weight), gradient.to(output.dtype))

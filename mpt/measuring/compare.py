@@ -1,0 +1,317 @@
+"""Before a run starts, run its first steps in its own precision and in a reference, and decide whether it may start.
+
+Each of the two is a real attempt, by the supervisor and the worker of every run, in a scratch run directory:
+`compare/candidate` and `compare/reference` below the run's. What remains is small: plans, logs, audits, journals,
+metrics, and `compare/result.json`. This module imports no torch; gradients are compared by a child process.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mpt.errors import ExitCode, MptError, StorageError
+from mpt.measuring.comparison import Comparison, Gradient, Side, judge, remedy_for, side_of, without_cosine
+from mpt.measuring.comparison_text import write_out
+from mpt.measuring.reference import trainable_count
+from mpt.planning.plan import Plan
+from mpt.recipe.schema import CompareBoundsSection, RestartSection
+from mpt.running import checkpoints
+from mpt.running.journal import Journal, spell_non_finite
+from mpt.running.measured import Measure, ask_to_measure, gradients_file
+from mpt.running.metrics import read_rows
+from mpt.running.recovery import Outcome, Stop, interrupted
+from mpt.running.run_directory import RunDirectory, write_json, writing
+from mpt.running.signals import StopWish
+from mpt.running.supervisor import View, supervise
+
+# What a measurement leaves out: it must neither cost nor publish anything, and none of it changes a step.
+SILENT = {
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "save_strategy": "no",
+    "load_best_model_at_end": False,
+    "report_to": "none",
+    "push_to_hub": False,
+}
+# What of a recipe says nothing about a step's numbers.
+NOT_COMPARED = ("name", "description", "compare", "restart", "sample")
+ROLES = ("candidate", "reference")
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What stands between a run whose lock is held and its first attempt: the plan and the one to compare it with."""
+
+    plan: Plan
+    reference: Plan
+    run: RunDirectory
+    view: View
+    wish: StopWish
+    environment: Mapping[str, str]
+
+    @property
+    def folder(self) -> Path:
+        return self.run.path / "compare"
+
+    @property
+    def steps(self) -> int:
+        section = self.plan.recipe.compare
+        return 0 if section is None else section.steps
+
+
+def pass_gate(gate: Gate) -> Stop | None:
+    """Compare, report and judge; None: the run may start. A Stop is journalled as the end of this start."""
+    try:
+        stop = _pass(gate)
+    except MptError as error:
+        stop = Stop(Outcome.FAILED, error.exit_code, error.problem, error.remedy)
+    finally:
+        for file in _gradient_files(gate):
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+    if stop is not None:
+        with suppress(StorageError):
+            _journal(gate).append("run_finished", outcome=stop.outcome, exit_code=stop.exit_code, reason=stop.reason)
+    return stop
+
+
+def read_result(run: RunDirectory) -> dict[str, Any] | None:
+    """Read what the newest comparison of a run came to; None where there was none."""
+    path = run.path / "compare" / "result.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def identify(plan: Plan, reference: Plan, steps: int) -> str:
+    """Hash everything that the numbers of a comparison follow from."""
+    recipe = plan.recipe.model_dump(mode="json", exclude_unset=True)
+    told = [
+        {key: value for key, value in recipe.items() if key not in NOT_COMPARED},
+        *({key: decision.value for key, decision in side.values.items()} for side in (plan, reference)),
+        dict(plan.training_arguments),
+        dict(plan.deepspeed or {}),
+        plan.machine.label,
+        steps,
+    ]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def is_settled(result: Mapping[str, Any] | None, identity: str, require: CompareBoundsSection | None) -> bool:
+    """Whether an earlier comparison holds for this start: of the same values, let through, within today's bounds."""
+    if result is None or result.get("of") != identity or result.get("passed") is False:
+        return False
+    try:
+        return not judge(Comparison.from_json(result), require)
+    except (KeyError, TypeError, ValueError):
+        return False  # of another version of mpt
+
+
+def differing(plan: Plan, reference: Plan) -> dict[str, tuple[Any, Any]]:
+    """List the values that differ between two plans: (the plan's, the reference's) by key; none: they are one run."""
+    pairs = {key: (plan.value(key), reference.value(key)) for key in plan.values}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _pass(gate: Gate) -> Stop | None:
+    section = gate.plan.recipe.compare
+    if section is None:
+        return None
+    differs = differing(gate.plan, gate.reference)
+    if not differs:
+        gate.view.note(f"nothing to compare: the run is {gate.plan.value('precision')} itself")
+        return None
+    identity = identify(gate.plan, gate.reference, section.steps)
+    if is_settled(read_result(gate.run), identity, section.require):
+        gate.view.note(f"compared with {gate.reference.value('precision')} before: {gate.folder / 'result.json'}")
+        return None
+    _begin(gate)
+    sides: list[Side] = []
+    for role, plan in zip(ROLES, (gate.plan, gate.reference), strict=True):
+        measured = _measure(gate, role, plan)
+        if isinstance(measured, Stop):
+            return measured
+        sides.append(measured)
+    gradient = _compare_gradients(gate, *sides)
+    if gate.wish.signal is not None:
+        return _interrupted(gate)
+    comparison = Comparison(section.steps, sides[0], sides[1], gradient, _beside_precision(differs))
+    breaches = judge(comparison, section.require)
+    required = None if section.require is None else section.require.model_dump(exclude_none=True)
+    verdict = {"passed": not breaches if section.require is not None else None, "breaches": list(breaches)}
+    result = {"of": identity, "required": required, **verdict, **comparison.to_json()}
+    write_json(gate.folder / "result.json", spell_non_finite(result))
+    keys = ("steps", "max_loss_gap", "final_loss_gap", "gradient_cosine", "step_time_ratio", "passed", "breaches")
+    told = {key: result[key] for key in keys}
+    _journal(gate).append("compared", candidate=sides[0].precision, reference=sides[1].precision, **told)
+    for line in write_out(comparison, section.require):
+        gate.view.note(line)
+    if not breaches:
+        return None
+    return Stop(
+        Outcome.FAILED,
+        ExitCode.DIVERGED,
+        f"the run does not start: {'; '.join(breaches)}",
+        f"{remedy_for(comparison)} The numbers are in {gate.folder / 'result.json'}.",
+    )
+
+
+def _begin(gate: Gate) -> None:
+    """Make room for a new comparison, and see that there is enough."""
+    needed = 2 * 4 * trainable_count(gate.plan)
+    with writing(gate.folder):
+        shutil.rmtree(gate.folder, ignore_errors=True)
+        gate.folder.mkdir()
+        free = shutil.disk_usage(gate.folder).free
+    if needed > free:
+        raise StorageError(
+            f"the comparison keeps two gradients in fp32 for a while, {needed / 2**30:.1f} GiB, and {gate.folder} has "
+            f"{free / 2**30:.1f} GiB free",
+            remedy="Free space there, choose another --runs-dir, or leave the comparison out.",
+        )
+    if not gate.run.attempt_numbers():
+        # Of an earlier comparison, perhaps of other data: nothing was trained on it.
+        shutil.rmtree(gate.run.tokenizer, ignore_errors=True)
+
+
+def _measure(gate: Gate, role: str, plan: Plan) -> Side | Stop:
+    """Carry one attempt out in a scratch directory; a Stop where it was interrupted or failed for no numbers' sake."""
+    precision = str(plan.value("precision"))
+    scratch = RunDirectory(gate.folder / role)
+    with writing(scratch.checkpoints):
+        scratch.checkpoints.mkdir(parents=True)
+        if gate.run.tokenizer.is_dir():
+            shutil.copytree(gate.run.tokenizer, scratch.tokenizer)
+    ask_to_measure(scratch.attempt(1), Measure(gate.steps, keeps_gradients=True))
+    gate.view.note(f"comparing: {gate.steps} steps in {precision}, the {role}")
+    gate.wish.is_urgent = True  # nothing of it is worth saving, so that the first signal may end it at once
+    try:
+        view = PartView(gate.view, role, gate.steps)
+        stop = supervise(_to_measure(plan), scratch, view, gate.wish, gate.environment, start_from=None)
+    finally:
+        gate.wish.is_urgent = False
+        _keep_little(gate.run, scratch)
+    if gate.wish.signal is not None:
+        return _interrupted(gate)
+    if stop.outcome is Outcome.FAILED:
+        remedy = f"{stop.remedy} Its log is {scratch.attempt(1).log}."
+        return replace(stop, reason=f"the comparison's {role}, in {precision}, failed: {stop.reason}", remedy=remedy)
+    return side_of(precision, read_rows(scratch), stop.reason if stop.outcome is Outcome.DIVERGED else None)
+
+
+def _to_measure(plan: Plan) -> Plan:
+    """Take from a plan what is not a step of training. The learning rate goes as in the whole run."""
+    alone = {"compare": None, "sample": None, "restart": RestartSection(max_restarts=0)}
+    recipe = plan.recipe.model_copy(update=alone)
+    return replace(plan, recipe=recipe, training_arguments={**plan.training_arguments, **SILENT})
+
+
+def _keep_little(run: RunDirectory, scratch: RunDirectory) -> None:
+    """Hand the tokenizer that the first attempt trained to the run, and delete what nobody reads any more."""
+    with suppress(OSError):
+        if not run.tokenizer.exists() and scratch.tokenizer.is_dir():
+            scratch.tokenizer.rename(run.tokenizer)
+    for folder in (scratch.tokenizer, scratch.checkpoints, scratch.final):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _compare_gradients(gate: Gate, candidate: Side, reference: Side) -> Gradient:
+    """Compare the first gradients in a child process. Raises MptError where that fails."""
+    reason = without_cosine(candidate, reference)
+    if reason is not None:
+        return Gradient(None, reason)
+    found = _ask_child(gate)
+    if found is None:
+        return Gradient(None, "the comparison was interrupted")
+    reason = None if found["cosine"] is not None else "a gradient of the first step is zero or not finite"
+    return Gradient.from_json({**found, "reason": reason})
+
+
+def _gradient_files(gate: Gate) -> list[Path]:
+    return [gradients_file(RunDirectory(gate.folder / role).attempt(1)) for role in ROLES]
+
+
+def _ask_child(gate: Gate) -> dict[str, Any] | None:
+    """Run `mpt.training.compare_gradients`; None where a signal came first."""
+    tie = (sys.executable, "-m", "mpt.running.tie", str(os.getpid()), "--")
+    child = subprocess.Popen(
+        (*tie, sys.executable, "-m", "mpt.training.compare_gradients", *map(str, _gradient_files(gate))),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(gate.environment),
+        start_new_session=True,
+    )
+    while True:
+        try:
+            out, err = child.communicate(timeout=POLL_S)
+            break
+        except subprocess.TimeoutExpired:
+            if gate.wish.signal is not None:
+                child.kill()
+    if gate.wish.signal is not None:
+        return None
+    if child.returncode != 0:
+        said = (err.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
+        raise MptError(
+            f"the gradients of the comparison could not be compared: {said}",
+            remedy="Leave the comparison out to train without it.",
+            exit_code=ExitCode.BUG,
+        )
+    return dict(json.loads(out.splitlines()[-1]))
+
+
+def _beside_precision(differs: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Keep what a reader would not expect of another precision: how the work is done, not in which formats."""
+    telling = ("attention", "compile", "micro_batch_size", "offload", "gradient_checkpointing")
+    return {key: pair for key, pair in differs.items() if key in telling}
+
+
+def _interrupted(gate: Gate) -> Stop:
+    has_checkpoint = bool(checkpoints.list_checkpoints(gate.run))
+    assert gate.wish.signal is not None
+    return interrupted(
+        gate.wish.signal, "while it was compared, as asked", loses_steps=False, has_checkpoint=has_checkpoint
+    )
+
+
+def _journal(gate: Gate) -> Journal:
+    return Journal(gate.run.journal, max(gate.run.attempt_numbers(), default=0))
+
+
+class PartView:
+    """Shows one attempt of a comparison in the view of the run: what it has to tell of itself, and no more."""
+
+    def __init__(self, view: View, role: str, steps: int) -> None:
+        self._view = view
+        self._role = role
+        self._steps = steps
+
+    def attempt(self, number: int, resume_from: str | None) -> None:
+        self._view.attempt(1, None)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Hand on where the attempt is, and what went wrong; the run's own first attempt tells the rest."""
+        if event["kind"] == "training_started":
+            most = event.get("max_steps")
+            self._view.event({**event, "max_steps": min(self._steps, most) if most else self._steps})
+        elif event["kind"] in ("phase", "step_skipped", "non_finite") or event.get("passed") is False:
+            self._view.event(event)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        # The run counts its skipped steps by attempt; these are none of its own.
+        self._view.row({**row, "attempt": self._role})
+
+    def note(self, text: str) -> None:
+        """Leave out what the supervisor says of saving: here nothing is saved."""

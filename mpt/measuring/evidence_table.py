@@ -1,0 +1,164 @@
+"""What a search found, for people (a table, sentences) and for programs (one JSON object)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mpt.measuring.layer_cost import SOURCES
+from mpt.measuring.precision_policy import Choice, LayerEvidence, Measured, widest_first
+from mpt.measuring.search_precision import Found, count_formats
+
+MOST_ROWS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Layers of one kind with one precision, and the worst that was measured of them in `tried`.
+
+    `tried` is what they are in, or where they were kept out of it, the next lower format.
+    """
+
+    label: str
+    number: int
+    precision: str
+    tried: str | None
+    worst: Measured | None
+    reason: str
+
+    @property
+    def loss_change(self) -> float:
+        return 0.0 if self.worst is None else self.worst.loss_change
+
+
+def table_rows(found: Found) -> list[Row]:
+    """Gather layers that differ in their numbers alone; those that move the loss most come first."""
+    groups: dict[tuple[str, str, str | None], list[tuple[LayerEvidence, Choice]]] = {}
+    for layer in found.evidence.layers:
+        choice = found.policy.choices[layer.name]
+        kind = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
+        groups.setdefault((kind, choice.precision, _tried(found, layer, choice)), []).append((layer, choice))
+    rows = []
+    for (kind, precision, tried), members in groups.items():
+        worst = max(members, key=lambda member: member[0].loss_change(tried or ""))
+        label = kind if len(members) > 1 else members[0][0].name
+        rows.append(Row(label, len(members), precision, tried, worst[0].measured.get(tried or ""), worst[1].reason))
+    return sorted(rows, key=lambda row: -row.loss_change)
+
+
+def print_evidence(found: Found, console: Console) -> None:
+    """Print the table and what follows from it."""
+    rows = table_rows(found)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading, side in (
+        ("layers", "left"), ("", "right"), ("precision", "left"), ("tried", "left"), ("output dB", "right"),
+        ("gradient dB", "right"), ("loss +-", "right"), ("to zero", "right"), ("why not lower", "left"),
+    ):  # fmt: skip
+        table.add_column(heading, justify=side, no_wrap=heading in ("layers", "precision"))  # type: ignore[arg-type]
+    for row in rows[:MOST_ROWS]:
+        table.add_row(row.label, f"{row.number} x", row.precision, *_numbers(row), row.reason)
+    console.print(table)
+    rest = rows[MOST_ROWS:]
+    if rest:
+        largest = max(row.loss_change for row in rest)
+        layers = sum(row.number for row in rest)
+        console.print(f"and {layers} more layers, none of which moves the loss by more than {largest:.1e}")
+    for sentence in sentences(found):
+        console.print(sentence, soft_wrap=True)
+
+
+def sentences(found: Found) -> list[str]:
+    """Say what was found: in the file's comments too."""
+    policy, verified = found.policy, found.verified
+    tolerated = f"{policy.budget:.2g} of {found.evidence.reference_loss:.4f} is tolerated"
+    lines = [
+        f"{count_formats(policy)}; measured on {found.batches} batches, {found.tokens} tokens",
+        f"loss: predicted to move by {policy.predicted:.2g}"
+        + (f", moved by {verified.loss_change:+.2g} when verified" if verified else ", nothing was lowered")
+        + f"; {tolerated}",
+    ]
+    if found.failed:
+        moved = ", ".join(f"{one.loss_change:+.2g}" for one in found.failed)
+        lines.append(f"layers were raised after policies that moved it further: {moved}")
+    if verified is not None:
+        lines.append(
+            f"gradient of all weights: cosine {verified.gradient_cosine:.6f} to the fp32 one, "
+            f"{verified.gradient_sqnr_db:.1f} dB"
+        )
+    lines.append(f"time of the linear layers: {policy.saved:.0%} less than all in {widest_first(found.candidates)[0]}")
+    by_source: dict[str, list[str]] = {}
+    for precision, source in found.cost_sources.items():
+        by_source.setdefault(source, []).append(precision)
+    lines += [f"  {', '.join(formats)}: {source}, {SOURCES[source]}" for source, formats in by_source.items()]
+    return lines + [f"note: {note}" for note in found.notes]
+
+
+def to_json(found: Found) -> dict[str, Any]:
+    """Give everything as JSON values; a number that is not finite is a text."""
+    verified = found.verified
+    return {
+        "precision": dict(found.section),
+        "candidates": list(found.candidates),
+        "reference_loss": found.evidence.reference_loss,
+        "batches": found.batches,
+        "tokens": found.tokens,
+        "tolerated_loss_change": found.policy.budget,
+        "predicted_loss_change": _plain(found.policy.predicted),
+        "verified": None if verified is None else _verified(verified),
+        "failed_verifications": [_verified(one) for one in found.failed],
+        "time_saved": found.policy.saved,
+        "time_sources": dict(found.cost_sources),
+        "layers": [_layer(layer, found.policy.choices[layer.name]) for layer in found.evidence.layers],
+        "notes": list(found.notes),
+    }
+
+
+def _tried(found: Found, layer: LayerEvidence, choice: Choice) -> str | None:
+    order = widest_first(found.candidates)
+    below = order[order.index(choice.precision) + 1 :]
+    return next((kind for kind in (*below[:1], choice.precision) if kind in layer.measured), None)
+
+
+def _numbers(row: Row) -> Sequence[str]:
+    if row.worst is None:
+        return (row.tried or "", "", "", "", "")
+    zeros = max(row.worst.underflow.values(), default=None)
+    return (
+        row.tried or "",
+        f"{row.worst.output_db:.1f}",
+        f"{row.worst.gradient_db:.1f}",
+        f"{row.worst.loss_change:.1e}",
+        "" if zeros is None else f"{zeros:.1%}",
+    )
+
+
+def _layer(layer: LayerEvidence, choice: Choice) -> dict[str, Any]:
+    formats = {
+        kind: {
+            "output_db": _plain(measured.output_db),
+            "input_gradient_db": _plain(measured.input_gradient_db),
+            "weight_gradient_db": _plain(measured.weight_gradient_db),
+            "loss_change": _plain(measured.loss_change),
+            "underflow": dict(measured.underflow),
+        }
+        for kind, measured in layer.measured.items()
+    }
+    return {
+        "name": layer.name,
+        "precision": choice.precision,
+        "reason": choice.reason,
+        "formats": formats,
+        "times": dict(layer.costs),
+    }
+
+
+def _verified(verified: Any) -> dict[str, Any]:
+    keys = ("loss_change", "largest_batch_change", "gradient_cosine", "gradient_sqnr_db")
+    return {key: _plain(getattr(verified, key)) for key in keys}
+
+
+def _plain(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)

@@ -1,0 +1,81 @@
+"""The plan that a run is compared with: the same recipe in another precision, and everything else as it was planned."""
+
+from typing import Any
+
+from mpt.errors import MptError
+from mpt.planning.engines import check_trainable
+from mpt.planning.plan import Plan, resolve
+from mpt.planning.workload import Workload, trainable_parameters
+from mpt.recipe.schema import DistributedSection, OffloadSection, PrecisionSection, Recipe
+from mpt.terms import Attention, Method, Precision, Strategy, Task
+
+# Kernels that exist for 16 bits alone.
+HALF_ONLY = (Attention.FLASH_ATTENTION_2, Attention.FLASH_ATTENTION_3, Attention.FLASH_ATTENTION_4)
+
+
+def plan_reference(plan: Plan, packages: frozenset[str] | None) -> Plan | None:
+    """Resolve the reference of a plan whose recipe asks for a comparison; None where it does not.
+
+    `packages` as in `resolve`. Raises MptError or UnsupportedError for a reference that can't be trained here.
+    """
+    section = plan.recipe.compare
+    if section is None:
+        return None
+    try:
+        reference = resolve(
+            _recipe(plan, Precision(section.to)), plan.machine, plan.facts, name=plan.name, packages=packages
+        )
+        check_trainable(reference)
+    except MptError as error:
+        raise MptError(
+            f"compare.to is {section.to}, and the same recipe can't be trained in it here: {error.problem}",
+            remedy=f"Compare with another precision, leave the comparison out, or: {error.remedy}",
+            exit_code=error.exit_code,
+        ) from error
+    return reference
+
+
+def _recipe(plan: Plan, precision: Precision) -> Recipe:
+    """Replace the precision, and pin what planning could choose otherwise for it."""
+    recipe = plan.recipe
+    pinned: dict[str, Any] = {
+        "precision": PrecisionSection(mode=precision, allow_emulation=recipe.precision.allow_emulation),
+        "micro_batch_size": plan.value("micro_batch_size"),
+        "gradient_accumulation_steps": plan.value("gradient_accumulation_steps"),
+        "global_batch_size": plan.value("global_batch_size"),
+        "gradient_checkpointing": plan.value("gradient_checkpointing"),
+        "distributed": DistributedSection(
+            strategy=plan.value("distributed.strategy"), processes_per_node=plan.value("processes_per_node")
+        ),
+        "offload": OffloadSection.model_validate(plan.value("offload")),
+    }
+    is_half = precision in (Precision.BF16, Precision.FP16)
+    if recipe.attention == "auto" and (is_half or plan.value("attention") not in HALF_ONLY):
+        pinned["attention"] = Attention(plan.value("attention"))
+    elif recipe.attention in HALF_ONLY and not is_half:
+        pinned["attention"] = "auto"
+    return recipe.model_copy(update=pinned)
+
+
+def trainable_count(plan: Plan) -> int:
+    """Count the parameters that have a gradient, adapters by `mpt.planning.workload`."""
+    return trainable_parameters(
+        Workload(
+            facts=plan.facts,
+            method=Method(plan.value("method")),
+            task=Task(plan.value("task")),
+            strategy=Strategy(plan.value("distributed.strategy")),
+            world_size=plan.value("world_size"),
+            processes_per_node=plan.value("processes_per_node"),
+            on_cpu=plan.machine.is_cpu,
+            weights_dtype=plan.value("weights_dtype"),
+            gradient_dtype=plan.value("gradient_dtype"),
+            grad_accum_dtype=plan.value("grad_accum_dtype"),
+            optimizer_state_dtype=plan.value("optimizer_state_dtype"),
+            autocast_dtype=plan.value("autocast_dtype"),
+            optimizer=plan.value("optimizer"),
+            attention=Attention(plan.value("attention")),
+            sequence_length=plan.value("sequence_length"),
+            lora_rank=0 if plan.recipe.lora is None else plan.recipe.lora.rank,
+        )
+    )
