@@ -7,10 +7,7 @@ metrics, and `compare/result.json`. This module imports no torch; gradients are 
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from mpt.errors import ExitCode, MptError, StorageError
-from mpt.measuring.comparison import Comparison, Gradient, Side, judge, remedy_for, side_of, without_cosine
+from mpt.measuring.comparison import Comparison, Side, judge, remedy_for, side_of
 from mpt.measuring.comparison_text import write_out
+from mpt.measuring.gradients import compare_gradients, delete_gradients
 from mpt.measuring.reference import trainable_count
 from mpt.planning.plan import Plan
-from mpt.recipe.schema import CompareBoundsSection, RestartSection
+from mpt.recipe.schema import CompareBoundsSection, CompareSection, RestartSection
 from mpt.running import checkpoints
 from mpt.running.journal import Journal, spell_non_finite
-from mpt.running.measured import Measure, ask_to_measure, gradients_file
+from mpt.running.measured import Measure, ask_to_measure
 from mpt.running.metrics import read_rows
 from mpt.running.recovery import Outcome, Stop, interrupted
 from mpt.running.run_directory import RunDirectory, write_json, writing
@@ -44,7 +42,6 @@ SILENT = {
 # What of a recipe says nothing about a step's numbers.
 NOT_COMPARED = ("name", "description", "compare", "restart", "sample")
 ROLES = ("candidate", "reference")
-POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +60,10 @@ class Gate:
         return self.run.path / "compare"
 
     @property
-    def steps(self) -> int:
+    def section(self) -> CompareSection:
         section = self.plan.recipe.compare
-        return 0 if section is None else section.steps
+        assert section is not None, "a recipe without `compare` has no reference"
+        return section
 
 
 def pass_gate(gate: Gate) -> Stop | None:
@@ -75,9 +73,7 @@ def pass_gate(gate: Gate) -> Stop | None:
     except MptError as error:
         stop = Stop(Outcome.FAILED, error.exit_code, error.problem, error.remedy)
     finally:
-        for file in _gradient_files(gate):
-            with suppress(OSError):
-                file.unlink(missing_ok=True)
+        delete_gradients(_scratch(gate))
     if stop is not None:
         with suppress(StorageError):
             _journal(gate).append("run_finished", outcome=stop.outcome, exit_code=stop.exit_code, reason=stop.reason)
@@ -124,9 +120,7 @@ def differing(plan: Plan, reference: Plan) -> dict[str, tuple[Any, Any]]:
 
 
 def _pass(gate: Gate) -> Stop | None:
-    section = gate.plan.recipe.compare
-    if section is None:
-        return None
+    section = gate.section
     differs = differing(gate.plan, gate.reference)
     if not differs:
         gate.view.note(f"nothing to compare: the run is {gate.plan.value('precision')} itself")
@@ -142,8 +136,8 @@ def _pass(gate: Gate) -> Stop | None:
         if isinstance(measured, Stop):
             return measured
         sides.append(measured)
-    gradient = _compare_gradients(gate, *sides)
-    if gate.wish.signal is not None:
+    gradient = compare_gradients(_scratch(gate), sides, gate.wish, gate.environment)
+    if gradient is None:
         return _interrupted(gate)
     comparison = Comparison(section.steps, sides[0], sides[1], gradient, _beside_precision(differs))
     breaches = judge(comparison, section.require)
@@ -185,18 +179,19 @@ def _begin(gate: Gate) -> None:
 
 
 def _measure(gate: Gate, role: str, plan: Plan) -> Side | Stop:
-    """Carry one attempt out in a scratch directory; a Stop where it was interrupted or failed for no numbers' sake."""
+    """Carry one attempt out in a scratch directory; a Stop where a signal or a failure ended it, not its numbers."""
     precision = str(plan.value("precision"))
+    steps = min(gate.section.steps, plan.value("max_steps") or gate.section.steps)
     scratch = RunDirectory(gate.folder / role)
     with writing(scratch.checkpoints):
         scratch.checkpoints.mkdir(parents=True)
         if gate.run.tokenizer.is_dir():
             shutil.copytree(gate.run.tokenizer, scratch.tokenizer)
-    ask_to_measure(scratch.attempt(1), Measure(gate.steps, keeps_gradients=True))
-    gate.view.note(f"comparing: {gate.steps} steps in {precision}, the {role}")
+    ask_to_measure(scratch.attempt(1), Measure(steps, keeps_gradients=True))
+    gate.view.note(f"comparing: {steps} steps in {precision}, the {role}")
     gate.wish.is_urgent = True  # nothing of it is worth saving, so that the first signal may end it at once
     try:
-        view = PartView(gate.view, role, gate.steps)
+        view = PartView(gate.view, role, steps)
         stop = supervise(_to_measure(plan), scratch, view, gate.wish, gate.environment, start_from=None)
     finally:
         gate.wish.is_urgent = False
@@ -225,57 +220,14 @@ def _keep_little(run: RunDirectory, scratch: RunDirectory) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _compare_gradients(gate: Gate, candidate: Side, reference: Side) -> Gradient:
-    """Compare the first gradients in a child process. Raises MptError where that fails."""
-    reason = without_cosine(candidate, reference)
-    if reason is not None:
-        return Gradient(None, reason)
-    found = _ask_child(gate)
-    if found is None:
-        return Gradient(None, "the comparison was interrupted")
-    reason = None if found["cosine"] is not None else "a gradient of the first step is zero or not finite"
-    return Gradient.from_json({**found, "reason": reason})
-
-
-def _gradient_files(gate: Gate) -> list[Path]:
-    return [gradients_file(RunDirectory(gate.folder / role).attempt(1)) for role in ROLES]
-
-
-def _ask_child(gate: Gate) -> dict[str, Any] | None:
-    """Run `mpt.training.compare_gradients`; None where a signal came first."""
-    tie = (sys.executable, "-m", "mpt.running.tie", str(os.getpid()), "--")
-    child = subprocess.Popen(
-        (*tie, sys.executable, "-m", "mpt.training.compare_gradients", *map(str, _gradient_files(gate))),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=dict(gate.environment),
-        start_new_session=True,
-    )
-    while True:
-        try:
-            out, err = child.communicate(timeout=POLL_S)
-            break
-        except subprocess.TimeoutExpired:
-            if gate.wish.signal is not None:
-                child.kill()
-    if gate.wish.signal is not None:
-        return None
-    if child.returncode != 0:
-        said = (err.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
-        raise MptError(
-            f"the gradients of the comparison could not be compared: {said}",
-            remedy="Leave the comparison out to train without it.",
-            exit_code=ExitCode.BUG,
-        )
-    return dict(json.loads(out.splitlines()[-1]))
-
-
 def _beside_precision(differs: Mapping[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
     """Keep what a reader would not expect of another precision: how the work is done, not in which formats."""
     telling = ("attention", "compile", "micro_batch_size", "offload", "gradient_checkpointing")
     return {key: pair for key, pair in differs.items() if key in telling}
+
+
+def _scratch(gate: Gate) -> list[RunDirectory]:
+    return [RunDirectory(gate.folder / role) for role in ROLES]
 
 
 def _interrupted(gate: Gate) -> Stop:

@@ -132,21 +132,22 @@ def side_of(precision: str, rows: Mapping[int, Mapping[str, Any]], diverged: str
 
 
 def relative_gap(one: float, other: float) -> float:
-    """Compute how far a loss is from the reference's, relative to that.
+    """Compute how far a loss is from the reference's, relative to that; infinite where one is no number.
 
     >>> relative_gap(2.02, 2.0) < 0.0101, relative_gap(0.0, 0.0), relative_gap(1.0, 0.0)
     (True, 0.0, inf)
     """
     if one == other:
         return 0.0
-    return abs(one - other) / abs(other) if other else math.inf
+    gap = abs(one - other) / abs(other) if other else math.inf
+    return math.inf if math.isnan(gap) else gap
 
 
 def without_cosine(candidate: Side, reference: Side) -> str | None:
     """Say why the two first gradients can't be compared; None where nothing is known against it."""
     for side in (candidate, reference):
         if side.skipped and side.skipped[0]:
-            return f"the first step in {side.precision} overflowed at loss scale {side.loss_scales[0]:.10g}"
+            return f"the first step in {side.precision} overflowed at loss scale {side.loss_scales[0]:.15g}"
         if not side.losses:
             return f"{side.precision} made no step"
     return None
@@ -164,8 +165,7 @@ def judge(comparison: Comparison, require: CompareBoundsSection | None) -> tuple
         if side.diverged is not None
     ]
     gap, bound = comparison.max_gap, require.max_loss_gap
-    # `not <=`, so that a gap that is no number breaks every bound.
-    if bound is not None and gap is not None and not gap <= bound:
+    if bound is not None and gap is not None and gap > bound:
         breaches.append(
             f"the losses of {pair} differ by up to {gap:.2g} (step {comparison.max_gap_step}), and "
             f"compare.require.max_loss_gap is {bound:g}"
@@ -178,7 +178,7 @@ def judge(comparison: Comparison, require: CompareBoundsSection | None) -> tuple
             f"the gradients of {pair} have no cosine, because {comparison.gradient.reason}, and "
             f"compare.require.min_gradient_cosine is {least:g}"
         )
-    elif least is not None and cosine is not None and not cosine >= least:
+    elif least is not None and cosine is not None and cosine < least:
         breaches.append(
             f"the first gradients of {pair} have cosine {cosine:.6g}, and compare.require.min_gradient_cosine is "
             f"{least:g}{_named(comparison.gradient.lowest)}"
@@ -195,7 +195,7 @@ def remedy_for(comparison: Comparison) -> str:
         settled = [
             scale for scale, skipped in zip(candidate.loss_scales, candidate.skipped, strict=True) if not skipped
         ]
-        start = f" {settled[0]:.10g}, where the first step went through" if settled and settled[0] else " lower"
+        start = f" {settled[0]:.15g}, where the first step went through" if settled and settled[0] else " lower"
         return f"Set precision.loss_scale.initial to{start}, or take another precision."
     return (
         "Keep the layers that lose most in more precision (precision.layers; `mpt search-precision` finds them), take "

@@ -13,6 +13,9 @@ from mpt.measuring.precision_policy import Choice, LayerEvidence, Measured, wide
 from mpt.measuring.search_precision import Found, count_formats
 
 MOST_ROWS = 30
+# Signal over error of the output and of the worse gradient in dB, the loss's first-order change, the largest share of
+# input, weight or gradient that became 0: of the layer of a kind that moves the loss most.
+HEADINGS = ("", "in", "tried", "output", "gradient", "loss", "to 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,22 +53,23 @@ def table_rows(found: Found) -> list[Row]:
 
 
 def print_evidence(found: Found, console: Console) -> None:
-    """Print the table and what follows from it."""
+    """Print the table, why layers are not in a lower format, and what follows from it."""
     rows = table_rows(found)
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading, side in (
-        ("layers", "left"), ("", "right"), ("precision", "left"), ("tried", "left"), ("output dB", "right"),
-        ("gradient dB", "right"), ("loss +-", "right"), ("to zero", "right"), ("why not lower", "left"),
-    ):  # fmt: skip
-        table.add_column(heading, justify=side, no_wrap=heading in ("layers", "precision"))  # type: ignore[arg-type]
+    table.add_column("layers, the most sensitive first", overflow="fold")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows[:MOST_ROWS]:
-        table.add_row(row.label, f"{row.number} x", row.precision, *_numbers(row), row.reason)
+        table.add_row(row.label, f"{row.number} x", row.precision, *_numbers(row))
     console.print(table)
     rest = rows[MOST_ROWS:]
     if rest:
-        largest = max(row.loss_change for row in rest)
-        layers = sum(row.number for row in rest)
+        largest, layers = max(row.loss_change for row in rest), sum(row.number for row in rest)
         console.print(f"and {layers} more layers, none of which moves the loss by more than {largest:.1e}")
+    narrowest = widest_first(found.candidates)[-1]
+    for row in rows[:MOST_ROWS]:
+        if row.precision != narrowest:
+            console.print(f"{row.label} ({row.number} x) in {row.precision}, not {row.reason}", soft_wrap=True)
     for sentence in sentences(found):
         console.print(sentence, soft_wrap=True)
 
@@ -128,9 +132,9 @@ def _numbers(row: Row) -> Sequence[str]:
     zeros = max(row.worst.underflow.values(), default=None)
     return (
         row.tried or "",
-        f"{row.worst.output_db:.1f}",
-        f"{row.worst.gradient_db:.1f}",
-        f"{row.worst.loss_change:.1e}",
+        f"{row.worst.output_db:.1f} dB",
+        f"{row.worst.gradient_db:.1f} dB",
+        f"{row.worst.loss_change:.0e}",
         "" if zeros is None else f"{zeros:.1%}",
     )
 

@@ -428,13 +428,13 @@ def _remarks(subject: Subject, candidates: Sequence[str]) -> list[str]:
         remarks.append("measured without the adapters, which begin as zero and change nothing")
     if subject.recipe.precision.layers is not None:
         remarks.append("the recipe's own precision.layers were searched anew")
-    if "fp8" not in candidates:
-        return remarks
     asked = subject.float8.recipe
-    if asked is not None and asked != subject.probed_recipe:
+    if "fp8" in candidates and asked is not None and asked != subject.probed_recipe:
         remarks.append(f"fp8 was measured with torchao's tensorwise scaling: it has no {asked}")
-    if not subject.target.all_compute(Feature.FP8):
+    emulated = [kind for kind in candidates if not subject.target.all_compute(Feature(kind))]
+    if emulated:
+        listed = " and ".join(emulated)
         remarks.append(
-            f"{subject.target.label} would emulate fp8: right numbers, and the time of a machine that has it"
+            f"{subject.target.label} only emulates {listed}: the time saved is that of a machine that has it"
         )
     return remarks

@@ -2,6 +2,8 @@
 
 import ast
 import copy
+import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from mpt.training.precision import islands
 from mpt.training.precision.islands import install_islands
 from mpt.training.precision.watching import IslandWatch, MatmulWatch
-from tests.training.tiny_runs import LLAMA
+from tests.training.tiny_runs import LLAMA, free_port
 
 TOKENS = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(0))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -286,6 +288,45 @@ def test_integer_weights_have_no_fp32_form() -> None:
     quantised.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"torch\.uint8, which has no fp32 form"):
         install_islands(nn.Sequential(quantised), {"0": "fp32"})
+
+
+DIVIDED = """
+import deepspeed
+from torch import nn
+from mpt.training.precision.islands import install_islands
+
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def build(**formats):
+    config = {"train_batch_size": 1, "zero_optimization": {"stage": 3}} | formats
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    assert model[0].weight.numel() == 0
+    return model
+
+
+install_islands(build(), {"0": "bf16", "1": "fp32"})
+try:
+    install_islands(build(bf16={"enabled": True}), {"0": "fp32"})
+except ValueError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.slow
+def test_weights_that_zero3_has_divided_make_an_fp32_island_only_where_they_are_fp32() -> None:
+    pytest.importorskip("deepspeed")
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-c", DIVIDED],
+        env=os.environ | place | {"MASTER_PORT": str(free_port())},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "refused: 0: ZeRO-3 has divided its torch.bfloat16 weights; build the model in fp32" in done.stdout
 
 
 def test_the_file_needs_nothing_but_torch_and_the_standard_library() -> None:
