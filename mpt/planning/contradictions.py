@@ -10,7 +10,7 @@ from mpt.planning.decision import Decision, Origin
 from mpt.planning.number_formats import TORCH_ADAMW
 from mpt.recipe.schema import OffloadSection, Recipe
 from mpt.recipe.training_keys import training_arguments
-from mpt.terms import FP8_MODES, DeviceKind, Method, OffloadDevice, Precision, Strategy
+from mpt.terms import FP8_MODES, DeviceKind, Feature, Method, OffloadDevice, Precision, Strategy
 
 
 def method_of(recipe: Recipe) -> Method:
@@ -99,6 +99,16 @@ def check_asked(recipe: Recipe, machine: Machine, precision: Precision, world_si
         _check_offload(offload, recipe, machine, precision)
 
 
+def deepspeed_computes_fp16(machine: Machine) -> bool:
+    """Whether DeepSpeed takes fp16 there: not on a CPU that would emulate it, and not before Volta.
+
+    deepspeed 0.19.8, accelerator/cpu_accelerator.py and cuda_accelerator.py, `is_fp16_supported`.
+    """
+    if machine.is_cpu:
+        return machine.all_compute(Feature.FP16)
+    return all((device.compute_capability or (7, 0)) >= (7, 0) for device in machine.devices)
+
+
 def _check_strategy(
     strategy: Strategy, recipe: Recipe, machine: Machine, precision: Precision, world_size: int
 ) -> None:
@@ -115,6 +125,11 @@ def _check_strategy(
         )
     if strategy.zero_stage and machine.kind is DeviceKind.MPS:
         raise UnsupportedError(f"{problem}, and DeepSpeed does not run on MPS", remedy="Leave the strategy out.")
+    if strategy.zero_stage and precision is Precision.FP16 and not deepspeed_computes_fp16(machine):
+        raise UnsupportedError(
+            f"{problem} in fp16, and DeepSpeed has no fp16 on {machine.label}, which would only emulate it",
+            remedy="Ask for `precision: bf16` or fp32, or for `distributed: {strategy: ddp}`.",
+        )
     if recipe.quantization is not None and strategy in (Strategy.ZERO3, Strategy.FSDP2):
         raise MptError(
             f"{problem} with quantization, and quantised weights can't be divided over ranks",

@@ -20,6 +20,7 @@ from mpt.terms import FP8_MODES, Feature, Precision
 
 MATMULS = ("linear", "conv1d")
 WILDCARDS = frozenset("*?[")
+MLP_ENDS = ("down_proj", "wo")
 # Which formats a module may have inside a model of which precision.
 ISLANDS: dict[Precision, tuple[str, ...]] = {
     Precision.FP32: ("fp32", "bf16"),
@@ -108,6 +109,16 @@ def island_dtypes(layers: Mapping[str, Any] | None, precision: Precision) -> dic
         for entry in listed
         if entry["precision"] != base and entry["precision"] not in FP8_MODES
     }
+
+
+def keeps_mlp_wide(layers: Mapping[str, str], modules: Sequence[ModuleShape]) -> bool:
+    """Whether every layer that ends an MLP is kept out of fp16: where T5 and Gemma leave its range.
+
+    huggingface/transformers#5651 (66246 in T5DenseReluDense) and #39972 (Gemma 3's residual growth).
+    """
+    ends = [module.name for module in modules if module.name.rpartition(".")[2] in MLP_ENDS]
+    wide = [pattern for pattern, wanted in layers.items() if wanted != "fp16"]
+    return bool(ends) and all(any(matches(name, pattern) for pattern in wide) for name in ends)
 
 
 def check_tied(layers: Mapping[str, Any] | None, precision: Precision, modules: Sequence[ModuleShape] | None) -> None:

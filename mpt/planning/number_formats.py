@@ -180,6 +180,12 @@ def _reduce_dtype(asked: str | None, precision: Precision, strategy: Strategy) -
                 remedy="Leave it out where one device trains.",
             )
         return Decision(own, Origin.DERIVED, "one process: nothing is summed over ranks")
+    if asked == "fp16" and precision is not Precision.FP16:
+        raise MptError(
+            f"precision.reduce_dtype: fp16 was asked for, and mode {precision} has no loss scale that keeps gradients "
+            "inside fp16's range",
+            remedy="Ask for bf16, or leave it out.",
+        )
     if asked is not None:
         return Decision(asked, Origin.ASKED, "the recipe asks for it")
     if strategy.zero_stage is not None and precision is not Precision.BF16_PURE:
@@ -191,6 +197,12 @@ def _reduce_dtype(asked: str | None, precision: Precision, strategy: Strategy) -
 
 def _grad_accum_dtype(asked: str | None, precision: Precision, strategy: Strategy) -> Decision[str]:
     what = "accumulated over micro batches"
+    if asked == "fp16" and precision is not Precision.FP16:
+        raise MptError(
+            f"precision.grad_accum_dtype: fp16 was asked for, and mode {precision} has no loss scale that keeps "
+            "gradients inside fp16's range",
+            remedy="Ask for bf16, or leave it out.",
+        )
     own = "bf16" if precision is Precision.BF16_PURE else "fp32"
     if strategy.zero_stage is not None:
         if strategy is Strategy.ZERO1 and precision is Precision.BF16_PURE and asked == "fp32":
@@ -247,8 +259,8 @@ def _loss_scale(
 def check_static_scale(loss_scale: Mapping[str, Any] | None, *, tokens: int) -> None:
     """Raise MptError for a fixed loss scale that overflows at the first step whatever the model.
 
-    At the output, a token's gradient is its probability's error over the tokens of the step: about 1 / `tokens` for
-    the true token of an untrained model. Times the scale it must stay within fp16's 65504.
+    At the output, a token's gradient is its probability's error over the `tokens` that a rank averages over: about
+    1 / `tokens` for the true token of an untrained model. Times the scale it must stay within fp16's 65504.
     """
     static = None if loss_scale is None else loss_scale.get("static")
     if static is not None and static > FP16_MAX * tokens:

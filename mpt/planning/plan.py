@@ -14,7 +14,7 @@ from mpt.planning.attention import choose_attention
 from mpt.planning.decision import Decision, Origin, Rejected
 from mpt.planning.deepspeed import to_deepspeed
 from mpt.planning.float8_engine import check_recomputed, choose_compile, choose_float8
-from mpt.planning.layers import check_tied, choose_layers, island_dtypes
+from mpt.planning.layers import check_tied, choose_layers, island_dtypes, keeps_mlp_wide
 from mpt.planning.memory import MemoryEstimate
 from mpt.planning.model_facts import ModelFacts
 from mpt.planning.modules import ModuleShape
@@ -123,7 +123,7 @@ def resolve(
         machine,
         allow_emulation=recipe.precision.allow_emulation,
         checkpoint=CheckpointFacts(facts.checkpoint_dtype, facts.overflows_in_fp16),
-        has_layers=any(wanted != "fp16" for wanted in (recipe.precision.layers or {}).values()),
+        keeps_mlp_wide=keeps_mlp_wide(recipe.precision.layers or {}, modules or ()),
     )
     fp8 = choose_float8(recipe.precision, precision.value, machine, packages)
     layers = choose_layers(recipe.precision, precision.value, modules, machine=machine, fp8=fp8.value)
@@ -141,7 +141,8 @@ def resolve(
     formats = formats_for(
         recipe, precision.value, layout.strategy.value, facts.checkpoint_dtype, has_islands=has_islands
     )
-    check_static_scale(formats["loss_scale"].value, tokens=layout.global_batch_size.value * sequence_length.value)
+    samples_a_rank = layout.global_batch_size.value // layout.world_size.value
+    check_static_scale(formats["loss_scale"].value, tokens=samples_a_rank * sequence_length.value)
     keywords = to_training_arguments(
         recipe,
         precision=precision.value,

@@ -36,9 +36,10 @@ def choose_precision(
     *,
     allow_emulation: bool = False,
     checkpoint: CheckpointFacts | None = None,
-    has_layers: bool = False,
+    keeps_mlp_wide: bool = False,
 ) -> Decision[Precision]:
-    """Choose a precision; `asked` None means auto. `has_layers`: the recipe gives single layers other formats.
+    """Choose a precision; `asked` None means auto. `keeps_mlp_wide`: the recipe keeps the layers out of fp16 that leave
+    its range where a family of models does (`mpt.planning.layers.keeps_mlp_wide`).
 
     Raises UnsupportedError for an asked precision that a device can't compute natively, unless emulation is allowed;
     MptError for fp16 with a checkpoint that overflows in it.
@@ -52,7 +53,7 @@ def choose_precision(
             f"precision {asked} was asked for on unlike devices: {machine.label}",
             remedy="fp8 scales must agree over ranks: train on identical devices, or ask for bf16.",
         )
-    if asked is Precision.FP16 and checkpoint is not None and checkpoint.overflows_in_fp16 and not has_layers:
+    if asked is Precision.FP16 and checkpoint is not None and checkpoint.overflows_in_fp16 and not keeps_mlp_wide:
         instead = _automatic(machine, checkpoint).value
         raise MptError(
             "precision fp16 was asked for, and checkpoints of this family leave fp16's range (65504) in the forward "

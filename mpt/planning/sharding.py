@@ -25,6 +25,7 @@ from mpt.planning.contradictions import (
     asked_offload,
     check_asked,
     choose_processes,
+    deepspeed_computes_fp16,
     method_of,
     optimizer_of,
 )
@@ -215,12 +216,14 @@ def _open_strategies(
         return (Strategy.ZERO2, Strategy.ZERO3)
     if world_size == 1:
         return (Strategy.SINGLE,)
-    if method_of(recipe) is Method.QLORA or not _can_shard(machine):
+    if method_of(recipe) is Method.QLORA or not _can_shard(machine, precision):
         return (Strategy.DDP,)
     return (Strategy.DDP, Strategy.ZERO2, Strategy.ZERO3)
 
 
-def _can_shard(machine: Machine) -> bool:
+def _can_shard(machine: Machine, precision: Precision) -> bool:
+    if precision is Precision.FP16 and not deepspeed_computes_fp16(machine):
+        return False
     return machine.kind is not DeviceKind.MPS
 
 
@@ -229,7 +232,7 @@ def _can_offload(recipe: Recipe, machine: Machine, precision: Precision) -> bool
     return (
         not machine.is_cpu
         and precision is not Precision.BF16_PURE
-        and _can_shard(machine)
+        and _can_shard(machine, precision)
         and method_of(recipe) is not Method.QLORA
         and optimizer_of(recipe) in TORCH_ADAMW
         and recipe.distributed.strategy not in (Strategy.SINGLE, Strategy.DDP, Strategy.FSDP2)

@@ -14,6 +14,9 @@ from mpt.recipe.training_keys import TrainingSection
 from mpt.terms import Attention, OffloadDevice, Precision, Strategy, Task
 
 PositiveInt = Annotated[Integer, Field(gt=0)]
+# torch counts in int32, and a scale is an fp32 number that still must grow.
+Count = Annotated[Integer, Field(gt=0, lt=2**31)]
+LARGEST_SCALE = 2.0**126
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 
@@ -144,19 +147,19 @@ class DataSection(Section):
 class LossScaleSection(Section):
     """Loss scaling of fp16 (Micikevicius et al. 2018). Reaches torch's GradScaler and DeepSpeed's fp16 block alike."""
 
-    initial: Annotated[Number, Field(ge=1)] = 65536.0
+    initial: Annotated[Number, Field(ge=1, le=LARGEST_SCALE)] = 65536.0
     """First scale. DeepSpeed takes the exponent, so there it must be a power of two."""
     growth_factor: Annotated[Number, Field(gt=1)] = 2.0
     """The scale grows by this factor after `growth_interval` clean steps in a row. DeepSpeed knows only 2."""
     backoff_factor: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """The scale shrinks by this factor on an overflow, and the step is skipped. DeepSpeed knows only 0.5."""
-    growth_interval: PositiveInt = 2000
+    growth_interval: Count = 2000
     """Clean steps in a row before the scale grows."""
-    min: Annotated[Number, Field(gt=0)] | None = None
+    min: Annotated[Number, Field(gt=0, le=LARGEST_SCALE)] | None = None
     """The scale never goes below this; an overflow there ends the run. Left out: no floor (DeepSpeed: 1)."""
-    hysteresis: PositiveInt | None = None
+    hysteresis: Count | None = None
     """Overflows before the scale shrinks; each skips its step. Left out: 1 (DeepSpeed: 2)."""
-    static: Annotated[Number, Field(gt=0)] | None = None
+    static: Annotated[Number, Field(gt=0, le=LARGEST_SCALE)] | None = None
     """A fixed scale instead of a dynamic one."""
 
     @model_validator(mode="after")

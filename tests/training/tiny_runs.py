@@ -30,6 +30,14 @@ LLAMA = {
 FP16 = {"mode": "fp16", "allow_emulation": True}
 
 
+def on_any_cpu(precision: Any) -> Any:
+    """Allow the 16-bit modes to be emulated: a CPU without AVX512-BF16 trains in the same formats, only slower."""
+    block = {"mode": precision} if isinstance(precision, str) else precision
+    if block.get("mode") in ("bf16", "bf16_pure", "fp16"):
+        return {"allow_emulation": True} | block
+    return precision
+
+
 def tiny_recipe(**changes: Any) -> Recipe:
     """Build the recipe; a change of a section replaces the keys that it names."""
     recipe: dict[str, Any] = {
@@ -43,6 +51,7 @@ def tiny_recipe(**changes: Any) -> Recipe:
     for key, value in changes.items():
         old = recipe.get(key)
         recipe[key] = old | value if isinstance(old, dict) and isinstance(value, dict) else value
+    recipe["precision"] = on_any_cpu(recipe["precision"])
     return Recipe.model_validate(recipe)
 
 

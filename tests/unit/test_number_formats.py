@@ -218,10 +218,18 @@ def test_master_weights_are_fp32_in_every_other_mode_and_may_be_asked_for(mode: 
 
 @pytest.mark.parametrize("strategy", [Strategy.DDP, *ZERO])
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "bf16_pure"])
-@pytest.mark.parametrize("asked", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("asked", ["fp32", "bf16"])
 def test_gradients_are_summed_over_ranks_as_asked(asked: str, mode: str, strategy: Strategy) -> None:
     decision = formats(mode, strategy, reduce_dtype=asked)["reduce_dtype"]
     assert (decision.value, decision.origin) == (asked, Origin.ASKED)
+
+
+@pytest.mark.parametrize("key", ["reduce_dtype", "grad_accum_dtype"])
+@pytest.mark.parametrize("strategy", [Strategy.DDP, *ZERO])
+@pytest.mark.parametrize("mode", ["fp32", "bf16", "bf16_pure", "fp8"])
+def test_fp16_sums_need_the_loss_scale_that_only_fp16_has(mode: str, strategy: Strategy, key: str) -> None:
+    error = refused(mode, strategy, **{key: "fp16"})
+    assert f"precision.{key}: fp16" in error.problem and "no loss scale" in error.problem
 
 
 @pytest.mark.parametrize(

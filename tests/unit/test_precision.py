@@ -70,7 +70,7 @@ def test_fp16_with_a_checkpoint_known_to_overflow_is_refused_before_it_is_tried(
     assert f"precision: {choose_precision(None, where, checkpoint=checkpoint).value}" in caught.value.remedy
     assert "layers" in caught.value.remedy
     # Islands may hold what overflows, and another family may not overflow.
-    for keys in ({"has_layers": True, "checkpoint": checkpoint}, {"checkpoint": CheckpointFacts("bf16", False)}):
+    for keys in ({"keeps_mlp_wide": True, "checkpoint": checkpoint}, {"checkpoint": CheckpointFacts("bf16", False)}):
         assert choose_precision(Precision.FP16, where, allow_emulation=True, **keys).value == "fp16"
 
 
