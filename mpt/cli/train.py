@@ -4,8 +4,9 @@ import json
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -209,7 +210,6 @@ def _carry_out(
 
 def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
     from mpt.measuring.compare import read_result
-    from mpt.reporting.live import spell_loss_scale
     from mpt.reporting.summary import last_sample, summarise
     from mpt.running.recovery import Outcome
 
@@ -218,6 +218,7 @@ def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
         _print_result(json.dumps(summary))
     if verdict is not None and verdict.outcome is not Outcome.FINISHED:
         _report_unfinished(run, verdict)
+        _report_loss_scale(summary)
         return
     sample = last_sample(run)
     if sample is not None:
@@ -228,10 +229,16 @@ def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
     named = (("train", summary["train_loss"]), ("evaluation", summary["eval_loss"]))
     losses = [f"{what} loss {loss:.4f}" for what, loss in named if isinstance(loss, float)]
     _say(f"{summary['steps']} steps: {', '.join(losses) or 'no loss'}")
+    _report_loss_scale(summary)
+    _say(f"the model is in {run.final}")
+
+
+def _report_loss_scale(summary: Mapping[str, Any]) -> None:
+    from mpt.reporting.live import spell_loss_scale
+
     if summary["loss_scale"] is not None:
         skipped = f"{summary['skipped_steps']} of {summary['steps']} steps skipped by overflow"
         _say(f"loss scale {spell_loss_scale(summary['loss_scale'])} at the end; {skipped}")
-    _say(f"the model is in {run.final}")
 
 
 def _report_unfinished(run: "RunDirectory", verdict: "Stop") -> None:

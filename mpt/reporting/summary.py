@@ -1,7 +1,7 @@
 """What a run came to, read from its directory: the object that `mpt train --json` prints."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
 
     `outcome` is "interrupted" where the run neither ended nor is known to go on. `train_loss` is the mean over the run
     where it finished, else the last step's; a loss is None where there is none. `loss_scale` is the last step's, None
-    without fp16; `skipped_steps` counts the steps that overflowed.
+    without fp16; `skipped_steps` counts the steps that overflowed, the one that ended the run included.
     """
     events = read_events(run.journal)
     rows = read_rows(run)
@@ -45,10 +45,17 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
         "train_loss": last_row.get("loss") if finished is None else finished["train_loss"],
         "eval_loss": eval_loss,
         "loss_scale": last_row.get("loss_scale"),
-        "skipped_steps": sum(bool(row.get("skipped")) for row in rows.values()),
+        "skipped_steps": _skipped(rows, events),
         "attempts": len(run.attempt_numbers()),
         "incidents": incidents,
     }
+
+
+def _skipped(rows: Mapping[int, Mapping[str, Any]], events: Sequence[Mapping[str, Any]]) -> int:
+    """Count skipped steps: those that have a row, and one that ended its attempt before it had one."""
+    last = max(rows, default=0)
+    beyond = {event["step"] for event in events if event["kind"] == "step_skipped" and event["step"] > last}
+    return sum(bool(row.get("skipped")) for row in rows.values()) + len(beyond)
 
 
 def last_sample(run: RunDirectory) -> Mapping[str, Any] | None:

@@ -16,6 +16,15 @@ FINAL_FAILURES = (
     ExitCode.OUT_OF_MEMORY,
 )
 MAX_BACKOFF_S = 60.0
+DIVERGED_REMEDY = (
+    "Lower training.learning_rate, lengthen training.warmup_steps, or take a precision with more range; the checkpoints "
+    "before it are sound."
+)
+LOSS_SCALE_REMEDY = (
+    "Gradients overflow at the lowest loss scale that the recipe allows: leave precision.loss_scale.static or min out or "
+    "lower it, keep the layers that overflow in fp32 through precision.layers, or ask for bf16 or fp32; the checkpoints "
+    "before it are sound."
+)
 
 
 class Outcome(StrEnum):
@@ -81,8 +90,7 @@ def decide(ended: Ended, restarts: int, max_restarts: int) -> Restart | Stop:
             Outcome.DIVERGED,
             ExitCode.DIVERGED,
             f"{word['what']} was {word['value']} at step {word['step']}; the update was not made",
-            "Lower training.learning_rate, lengthen training.warmup_steps, or take a precision with more range; the "
-            "checkpoints before it are sound.",
+            LOSS_SCALE_REMEDY if word["what"] == "loss_scale" else DIVERGED_REMEDY,
         )
     if word is not None and word["exit_code"] in FINAL_FAILURES:
         return Stop(Outcome.FAILED, ExitCode(word["exit_code"]), word["problem"], word["remedy"])

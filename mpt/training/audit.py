@@ -7,7 +7,8 @@ stands in `mpt.training.findings`; this module knows the order, the comparison a
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from mpt.terms import DeviceKind, Method
 from mpt.training import findings
 from mpt.training.adapters import count_adapters
 from mpt.training.precision.apply import planned_float8, planned_islands
-from mpt.training.precision.watching import AttentionWatch, IslandWatch, MatmulWatch
+from mpt.training.precision.watching import AttentionWatch, GradientWatch, IslandWatch, MatmulWatch, SumWatch
 
 if TYPE_CHECKING:
     from mpt.training.trainer import PlanTrainer
@@ -62,6 +63,8 @@ class Audit:
         self._matmuls = MatmulWatch({})
         self._islands = IslandWatch({})
         self._attention: AttentionWatch | None = None
+        self._sums = SumWatch()
+        self._gradients = GradientWatch()
         self._autocast: str | None = None
         self._before_done = self._after_done = self._reported = False
         self.seconds = 0.0  # what the looks themselves cost
@@ -87,6 +90,7 @@ class Audit:
         self._loss_scale(trainer, engine)
         if engine is not None:
             self._deepspeed(engine)
+            self._gradients.watch(w for w in trainer.model.parameters() if w.requires_grad)
         self._alignment(trainer)
         self._watch_forward(trainer)
         self._judge()
@@ -95,6 +99,15 @@ class Audit:
         """Count the samples of a micro batch of the first step."""
         if not self._before_done:
             self.samples += len(inputs["input_ids"])
+
+    @contextmanager
+    def watching_backward(self) -> Iterator[None]:
+        """Watch a backward pass of the first step: which sums go over the wire in which format."""
+        if self._before_done or self.plan.value("compile"):
+            yield
+            return
+        with self._sums:
+            yield
 
     @_timed
     def before_first_step(self, trainer: "PlanTrainer") -> None:
@@ -115,9 +128,11 @@ class Audit:
             islands = findings.island_weights(trainer, planned_islands(plan))
             own = [w.grad for w in trainer.model.parameters() if w.grad is not None and id(w) not in islands]
             self._compare("grad_accum_dtype", [plan.value("grad_accum_dtype")], findings.dtypes(own))
-        if plan.value("distributed.strategy") == "ddp":
-            sent = trainer.reduction.sent if trainer.reduction is not None else findings.common_dtype(gradients)
-            self._compare("reduce_dtype", plan.value("reduce_dtype"), findings.name(sent))
+            if plan.value("distributed.strategy") == "ddp":
+                sent = trainer.reduction.sent if trainer.reduction is not None else findings.common_dtype(own)
+                self._compare("reduce_dtype", plan.value("reduce_dtype"), findings.name(sent))
+        if trainer.is_deepspeed_enabled:
+            self._backward_of_deepspeed(trainer)
         if plan.value("method") != Method.FULL and not trainer.is_deepspeed_enabled:
             self._compare("adapters with a gradient", True, any(grad.abs().sum().item() > 0 for grad in gradients))
         self._judge()
@@ -206,11 +221,15 @@ class Audit:
         if planned is None:
             self._compare("loss scaler", None, found)
             return
-        if found is None or self.plan.resume_from is not None:  # a resumed scale is wherever it had got to
+        is_static = planned.get("static") is not None
+        if found is None or (self.plan.resume_from is not None and not is_static):  # resumed: wherever it had got to
             self._compare("loss scaler", True, found is not None)
         else:
             self._compare("loss_scale", float(planned.get("static") or planned["initial"]), found["scale"])
-        if found is None or planned.get("static"):
+        if found is None:
+            return
+        self._compare("loss_scale.dynamic", not is_static, found["is_dynamic"])
+        if is_static:
             return
         for key in SCALER_KEYS:
             self._compare(f"loss_scale.{key}", float(planned[key]), found[key])
@@ -229,6 +248,12 @@ class Audit:
         ):
             found = "none" if config is None else str(getattr(config.device, "value", config.device))
             self._compare(f"offload.{part}", planned.get(part) or "none", found)
+
+    def _backward_of_deepspeed(self, trainer: "PlanTrainer") -> None:
+        """What DeepSpeed's settings came to: the gradients that arrived, and the sums that it sent."""
+        self._compare("gradient_dtype", [self.plan.value("gradient_dtype")], findings.names(self._gradients.seen()))
+        if trainer.args.world_size > 1 and not self.plan.value("compile"):
+            self._compare("sums over ranks", [self.plan.value("reduce_dtype")], findings.names(self._sums.seen))
 
     def _alignment(self, trainer: "PlanTrainer") -> None:
         """Say which matrix sizes the matrix units can't take whole: it costs speed, and is no reason to stop."""

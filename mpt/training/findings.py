@@ -11,6 +11,7 @@ from mpt.planning.number_formats import SIXTEEN_BIT
 from mpt.planning.plan import Plan
 from mpt.terms import Precision, Strategy
 from mpt.training.precision.float8 import float8_modules
+from mpt.training.precision.loss_scaling import StaticScaler
 from mpt.training.precision.watching import DTYPE_NAMES
 
 if TYPE_CHECKING:
@@ -28,7 +29,12 @@ def name(dtype: torch.dtype | None) -> str | None:
 
 def dtypes(tensors: Iterable[torch.Tensor]) -> list[str]:
     """Name the dtypes among tensors, sorted."""
-    return sorted({str(name(tensor.dtype)) for tensor in tensors})
+    return names(tensor.dtype for tensor in tensors)
+
+
+def names(dtypes: Iterable[torch.dtype]) -> list[str]:
+    """Name dtypes, each once, sorted."""
+    return sorted({str(name(dtype)) for dtype in dtypes})
 
 
 def common_dtype(tensors: list[torch.Tensor]) -> torch.dtype | None:
@@ -157,6 +163,7 @@ def loss_scale(trainer: "PlanTrainer", engine: Any) -> dict[str, Any] | None:
         scaler = engine.optimizer.loss_scaler
         factor = float(getattr(scaler, "scale_factor", 2))
         return {
+            "is_dynamic": bool(scaler.dynamic),
             "scale": float(scaler.loss_scale),
             "growth_factor": factor,
             "backoff_factor": 1 / factor,
@@ -169,6 +176,7 @@ def loss_scale(trainer: "PlanTrainer", engine: Any) -> dict[str, Any] | None:
     if trainer.scaler is None:
         return None
     return {
+        "is_dynamic": not isinstance(trainer.scaler, StaticScaler),
         "scale": float(trainer.scaler.get_scale()),
         "growth_factor": float(trainer.scaler.get_growth_factor()),
         "backoff_factor": float(trainer.scaler.get_backoff_factor()),

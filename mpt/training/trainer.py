@@ -23,7 +23,7 @@ from mpt.training.audit import Audit
 from mpt.training.gradient_capture import Measurement
 from mpt.training.outcome import Stopped
 from mpt.training.precision.apply import DTYPES, fp8_context, fp8_recomputes, fp32_buffers, restore_buffers
-from mpt.training.precision.loss_scaling import build_scaler, scale_at_floor
+from mpt.training.precision.loss_scaling import build_scaler, hold_deepspeed_knobs, scale_at_floor
 from mpt.training.precision.reduction import ReduceIn, reduce_in
 from mpt.training.precision.transformer_engine import checkpoint_contexts
 from mpt.training.saving import clear_staging, name_best_relatively, storage_errors
@@ -108,6 +108,15 @@ class PlanTrainer(Trainer):
         state = super()._init_training_state(*arguments, **keywords)
         self.state.best_model_checkpoint = self._best_checkpoint()
         return state
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Take over a checkpoint's state, and let what the plan says of it now stand: the rate, the scaler's knobs."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        hold_learning_rate(self.optimizer, self.lr_scheduler, self.args.learning_rate)
+        if self.is_deepspeed_enabled and self.plan.value("loss_scale") is not None:
+            hold_deepspeed_knobs(self.model_wrapped.optimizer, self.plan.value("loss_scale"))
 
     # --- the step
 
@@ -299,7 +308,8 @@ class WatchedEngine(DeepSpeedEngineWrapper):
         engine, watch = self.engine, self.trainer.watch
         watch.add_loss(loss)
         engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
-        engine.backward(loss, **keywords)
+        with self.trainer.audit.watching_backward():
+            engine.backward(loss, **keywords)
         if not sync_gradients:
             return
         is_fp16 = bool(engine.fp16_enabled())
@@ -319,6 +329,22 @@ class WatchedEngine(DeepSpeedEngineWrapper):
         watch.judge_norm(value, can_skip=is_fp16, applied=engine.was_step_applied())
         if is_fp16:
             watch.judge_scale(is_static=(loss_scale or {}).get("static") is not None)
+
+
+def hold_learning_rate(optimizer: Any, scheduler: Any, rate: float) -> None:
+    """Let `rate` be what the schedule multiplies, where a checkpoint brought another one.
+
+    A checkpoint's optimizer and scheduler carry the rate of back then, and torch takes it over the caller's. Nothing
+    moves where it is the same.
+    """
+    for group in optimizer.param_groups:
+        before = group.get("initial_lr", rate)
+        if before != rate:
+            group["initial_lr"] = rate
+            group["lr"] = group["lr"] * rate / before if before else rate
+    if any(base != rate for base in getattr(scheduler, "base_lrs", ())):
+        scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 @contextmanager

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpt.cli.train import _report
@@ -20,7 +22,7 @@ from mpt.reporting.live import describe, spell_loss_scale
 from mpt.reporting.summary import summarise
 from mpt.running.journal import Journal, read_events
 from mpt.training.outcome import Diverged, StopRequest
-from mpt.training.precision.loss_scaling import build_scaler, scale_at_floor
+from mpt.training.precision.loss_scaling import build_scaler, hold_deepspeed_knobs, scale_at_floor
 from mpt.training.skip_rate import MAX_SETTLING, MIN_SEEN, REMEDY, WINDOW, SkipRate
 from mpt.training.step_watch import MAX_SKIPS_AT_STATIC_SCALE, StepWatch
 from tests.training.tiny_runs import FP16, Run, free_port
@@ -245,6 +247,35 @@ def test_a_scale_may_become_static_and_dynamic_again(tmp_path: Path) -> None:
     assert [again.step(overflow=True), again.step(overflow=False)] == [1024.0, 1024.0]
 
 
+def deepspeeds(**changes: Any) -> SimpleNamespace:
+    """What DeepSpeed's optimizer is after it has loaded a checkpoint: the scaler of back then, whole."""
+    knobs = {"init_scale": 2.0**20, "scale_window": 100, "min_scale": 1, "delayed_shift": 4}
+    scaler = DynamicLossScaler(**knobs | changes, consecutive_hysteresis=False)
+    scaler.cur_iter, scaler.last_overflow_iter, scaler.cur_hysteresis = 50, 40, 3
+    return SimpleNamespace(loss_scaler=scaler, dynamic_loss_scale=True)
+
+
+def test_under_deepspeed_too_the_recipes_knobs_hold_over_those_of_the_checkpoint() -> None:
+    optimizer = deepspeeds()
+    hold_deepspeed_knobs(optimizer, KNOBS | {"growth_interval": 7, "min": 16.0, "hysteresis": 2})
+    scaler = optimizer.loss_scaler
+    assert (scaler.scale_window, scaler.min_scale, scaler.delayed_shift) == (7, 16.0, 2)
+    assert (scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter) == (2.0**20, 50, 40)  # it goes on from there
+    assert scaler.cur_hysteresis == 2
+    hold_deepspeed_knobs(optimizer, KNOBS | {"min": 2.0**21, "hysteresis": 2})
+    assert optimizer.loss_scaler.cur_scale == 2.0**21
+
+
+def test_under_deepspeed_too_a_scale_may_become_static_and_dynamic_again() -> None:
+    optimizer = deepspeeds()
+    hold_deepspeed_knobs(optimizer, {"static": 512.0})
+    assert (optimizer.loss_scaler.loss_scale, optimizer.dynamic_loss_scale) == (512.0, False)
+    assert not optimizer.loss_scaler.dynamic
+    hold_deepspeed_knobs(optimizer, KNOBS)
+    assert (optimizer.loss_scaler.loss_scale, optimizer.dynamic_loss_scale) == (512.0, True)
+    assert optimizer.loss_scaler.scale_window == KNOBS["growth_interval"]
+
+
 # --- when to give up
 
 
@@ -447,3 +478,4 @@ def test_an_overflow_at_the_floor_ends_a_run_and_its_resumption_at_the_same_step
     for attempt in (1, 2):
         word = whole.last_word(attempt)
         assert (word["kind"], word["step"], word["what"], word["value"]) == ("diverged", 3, "loss_scale", 2.0**38)
+    assert summarise(whole.directory)["skipped_steps"] == 3  # the one that ended the run has no row of its own

@@ -155,6 +155,16 @@ def test_a_run_that_was_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(n
     assert (first["train_loss"], first["eval_loss"]) == (second["train_loss"], second["eval_loss"])
 
 
+def test_a_changed_learning_rate_holds_over_that_of_the_checkpoint(fp32_run: Run, new_run: MakeRun) -> None:
+    resumed = new_run(training={"learning_rate": 1e-3})
+    shutil.copytree(fp32_run.directory.checkpoints / "checkpoint-4", resumed.directory.checkpoints / "checkpoint-4")
+    shutil.copytree(fp32_run.path / "tokenizer", resumed.path / "tokenizer")
+    assert resumed.train(2, "checkpoint-4") == 0, resumed.log(2)
+    rates = {step: row["learning_rate"] for step, row in resumed.steps.items()}
+    assert rates == pytest.approx({step: fp32_run.steps[step]["learning_rate"] / 3 for step in (5, 6, 7, 8)}, rel=1e-12)
+    assert resumed.audit(2)["learning_rate"] == 1e-3
+
+
 def test_resuming_at_the_last_step_trains_no_further_and_makes_the_final_model(fp32_run: Run, new_run: MakeRun) -> None:
     resumed = continue_from(fp32_run, "checkpoint-8", new_run)
     assert resumed.last_word(2)["step"] == 8

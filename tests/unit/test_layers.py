@@ -9,7 +9,7 @@ from mpt.hardware.specs import parse_machine
 from mpt.planning.decision import Decision, Origin
 from mpt.planning.deepspeed_plan import with_strategy
 from mpt.planning.float8_engine import choose_float8
-from mpt.planning.layers import ISLANDS, check_tied, choose_layers, count_layers, island_dtypes
+from mpt.planning.layers import ISLANDS, check_tied, choose_layers, count_layers, island_dtypes, keeps_mlp_wide
 from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.modules import ModuleShape
 from mpt.planning.plan import Plan, resolve
@@ -450,3 +450,19 @@ def test_gpt2_has_no_fp8_but_has_islands() -> None:
         data={"source": "text.txt", "sequence_length": 16},
     )
     assert plan.values["layers"].reason == "5 in bf16, 4 in fp32"
+
+
+@pytest.mark.parametrize(
+    ("layers", "is_enough"),
+    [
+        ({}, False),
+        ({"lm_head": "fp32"}, False),
+        ({"*.down_proj": "fp16"}, False),
+        ({"model.layers.0.mlp.down_proj": "fp32"}, False),
+        ({"*.down_proj": "fp32"}, True),
+        ({"*.mlp.*": "bf16"}, True),
+        ({f"model.layers.{block}.mlp.down_proj": "fp32" for block in range(3)}, True),
+    ],
+)
+def test_an_overflowing_family_is_kept_wide_where_it_overflows(layers: dict[str, str], is_enough: bool) -> None:
+    assert keeps_mlp_wide(layers, MODULES) is is_enough

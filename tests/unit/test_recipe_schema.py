@@ -11,7 +11,7 @@ from mpt.recipe.catalog import list_recipes
 from mpt.recipe.json_schema import DIALECT, recipe_schema
 from mpt.recipe.load import check_recipe
 from mpt.recipe.reference import recipe_reference
-from mpt.recipe.schema import Recipe
+from mpt.recipe.schema import LossScaleSection, Recipe
 from mpt.recipe.suggestions import sections
 from mpt.recipe.training_keys import OWNED, RANGES, REMOVED, training_arguments
 from mpt.recipe.yaml_text import read_yaml
@@ -105,3 +105,20 @@ def test_a_recipe_survives_the_way_through_json() -> None:
         recipe = Recipe.model_validate(read_yaml(entry.path.read_bytes()).value)
         written = json.loads(json.dumps(recipe.model_dump(mode="json", exclude_unset=True)))
         assert Recipe.model_validate(written) == recipe
+
+
+@pytest.mark.parametrize(
+    ("key", "largest", "beyond"),
+    [
+        ("initial", 2.0**126, 2.0**127),
+        ("min", 65536.0, 1e39),
+        ("static", 2.0**126, 1e39),
+        ("growth_interval", 2**31 - 1, 2**31),
+        ("hysteresis", 2**31 - 1, 2**31),
+    ],
+)
+def test_a_loss_scale_stays_inside_what_torch_counts_in(key: str, largest: float, beyond: float) -> None:
+    section = LossScaleSection.model_validate({key: largest})
+    assert getattr(section, key) == largest
+    with pytest.raises(ValueError, match="less than"):
+        LossScaleSection.model_validate({key: beyond})

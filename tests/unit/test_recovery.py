@@ -37,6 +37,16 @@ def test_the_last_word_decides_and_the_return_code_is_a_hint(
 
 
 @pytest.mark.parametrize(
+    ("what", "remedy"),
+    [("loss", "training.learning_rate"), ("grad_norm", "warmup_steps"), ("loss_scale", "precision.loss_scale.static")],
+)
+def test_the_remedy_fits_what_went_bad(what: str, remedy: str) -> None:
+    verdict = decide(Ended(DIVERGED | {"what": what}, 81), restarts=0, max_restarts=3)
+    assert isinstance(verdict, Stop)
+    assert remedy in verdict.remedy
+
+
+@pytest.mark.parametrize(
     ("word", "return_code", "reason"),
     [
         (None, -9, "killed"),

@@ -8,6 +8,7 @@ import pytest
 from mpt.errors import MptError, UnsupportedError
 from mpt.hardware.machine import Machine
 from mpt.hardware.specs import parse_machine
+from mpt.planning.contradictions import deepspeed_computes_fp16
 from mpt.planning.decision import Origin
 from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.sharding import Layout, choose_layout
@@ -50,6 +51,22 @@ def test_the_cheapest_option_that_fits_is_taken(
     assert found.strategy.origin is Origin.AUTO
     assert found.gradient_checkpointing.value is checkpointing
     assert found.offload.value == {"optimizer": optimizer_on, "parameters": parameters_on, "nvme_path": None}
+
+
+@pytest.mark.parametrize(
+    ("machine", "computes"), [("8xT4", True), ("2xV100", True), ("8xH100", True), ("2xP100", False), ("MI300X", True)]
+)
+def test_deepspeed_takes_fp16_from_volta_on(machine: str, computes: bool) -> None:
+    """deepspeed 0.19.8: below compute capability 7.0 only with DS_ALLOW_DEPRECATED_FP16."""
+    assert deepspeed_computes_fp16(parse_machine(machine)) is computes
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_fp16_that_deepspeed_would_refuse_is_refused_while_planning(strategy: str) -> None:
+    with pytest.raises(UnsupportedError, match="DeepSpeed has no fp16 on"):
+        layout("2xP100", "gpt2", Precision.FP16, distributed={"strategy": strategy})
+    left_open = layout("2xP100", "gpt2-xl", Precision.FP16)
+    assert left_open.strategy.value is Strategy.DDP
 
 
 def test_a_rejected_strategy_says_how_much_it_would_need() -> None:

@@ -131,6 +131,33 @@ def build_scaler(loss_scale: Mapping[str, Any], device: str) -> torch.amp.GradSc
     )
 
 
+def hold_deepspeed_knobs(optimizer: Any, loss_scale: Mapping[str, Any]) -> None:
+    """Let the plan's knobs stand where DeepSpeed has loaded a checkpoint's whole scaler over them.
+
+    `optimizer` is ZeRO's (deepspeed 0.19.8, `_load_global_state` in zero/stage_1_and_2.py and zero/stage3.py). A dynamic
+    scale goes on from where it was; a fixed one is the plan's.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    loaded = optimizer.loss_scaler
+    static = loss_scale.get("static")
+    if static is not None:
+        optimizer.loss_scaler, optimizer.dynamic_loss_scale = LossScaler(scale=float(static)), False
+        return
+    minimum = 1 if loss_scale.get("min") is None else float(loss_scale["min"])
+    planned = DynamicLossScaler(
+        init_scale=max(loaded.cur_scale, minimum),
+        scale_window=int(loss_scale["growth_interval"]),
+        min_scale=minimum,
+        delayed_shift=2 if loss_scale.get("hysteresis") is None else int(loss_scale["hysteresis"]),
+        consecutive_hysteresis=False,
+    )
+    if isinstance(loaded, DynamicLossScaler):
+        planned.cur_iter, planned.last_overflow_iter = loaded.cur_iter, loaded.last_overflow_iter
+        planned.cur_hysteresis = min(loaded.cur_hysteresis, planned.delayed_shift)
+    optimizer.loss_scaler, optimizer.dynamic_loss_scale = planned, True
+
+
 def scale_at_floor(scaler: torch.amp.GradScaler | None) -> torch.Tensor | None:
     """Say on the device whether an overflow in this step could not lower the scale; None where it has no floor."""
     return scaler.is_at_floor() if isinstance(scaler, HysteresisScaler) else None

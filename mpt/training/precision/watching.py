@@ -150,6 +150,41 @@ class _OperandLog(TorchDispatchMode):
                 self.found = _dtypes(floating, heaviest, result)
 
 
+class GradientWatch:
+    """Note the dtypes of the first gradients that reach weights, whatever an engine then makes of them."""
+
+    def __init__(self) -> None:
+        self._seen: set[torch.dtype] = set()
+
+    def watch(self, weights: Iterable[torch.Tensor]) -> None:
+        """Hook each weight for one gradient."""
+        for weight in weights:
+            handle: list[RemovableHandle] = []
+            handle.append(weight.register_hook(partial(self._note, handle)))
+
+    def seen(self) -> set[torch.dtype]:
+        """Give the dtypes that came so far."""
+        return set(self._seen)
+
+    def _note(self, handle: list[RemovableHandle], gradient: torch.Tensor) -> None:
+        self._seen.add(gradient.dtype)
+        handle.pop().remove()
+
+
+class SumWatch(TorchDispatchMode):
+    """Note in which dtypes tensors are summed over ranks while it is entered; single numbers, such as norms, aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d" and "reduce" in func.overloadpacket.__name__:
+            tensors = [value for value in tree_leaves(args) if isinstance(value, torch.Tensor)]
+            self.seen |= {value.dtype for value in tensors if value.is_floating_point() and value.numel() > 1}
+        return func(*args, **(kwargs or {}))
+
+
 class AttentionWatch:
     """Note which attention kernels the first forward pass of `model` runs."""
 
