@@ -39,7 +39,7 @@ def _options(
 
 
 def _register() -> None:
-    from mpt.cli import recipes
+    from mpt.cli import checkpoints, recipes
     from mpt.cli.detect_precision import detect_precision
     from mpt.cli.formats import formats
     from mpt.cli.generate_ds_config import generate_ds_config
@@ -53,6 +53,7 @@ def _register() -> None:
     app.command("plan")(plan)
     app.command("validate")(validate)
     app.add_typer(recipes.app, name="recipes")
+    app.add_typer(checkpoints.app, name="checkpoints")
     app.command("schema")(schema)
     app.command("detect-precision")(detect_precision)
     app.command("generate-ds-config")(generate_ds_config)

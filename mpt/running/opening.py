@@ -20,6 +20,7 @@ from mpt.hardware.machine_json import machine_to_json
 from mpt.planning.plan import Plan
 from mpt.running import checkpoints
 from mpt.running.journal import Journal, last_word, read_events
+from mpt.running.lineage import complete_quarantine, quarantine_later
 from mpt.running.lock import locked
 from mpt.running.run_directory import RunDirectory, write_atomically, write_json, writing
 
@@ -115,14 +116,15 @@ def _reopen(plan: Plan, run: RunDirectory, resume: str, accept_changes: bool, no
     word = last_word(events, newest)
     if word is not None and word["kind"] == "finished" and run.final.is_dir() and not changes and resume == "auto":
         return Opened(None, finished=True, notes=tuple(notes))
+    journal = Journal(run.journal, newest)
+    complete_quarantine(run, journal)
     if resume == "auto":
         start_from = checkpoints.newest_usable(run)
     else:
         start_from = checkpoints.named(run, resume)
-        moved = checkpoints.quarantine_later(run, start_from.step)
+        moved = quarantine_later(run, journal, start_from.step, f"--resume {resume}")
         if moved:
             notes.append(f"going back to {start_from.path.name}; {', '.join(moved)} moved to a quarantine folder")
-    journal = Journal(run.journal, newest)
     if changes:
         journal.append("changes_accepted", changes=[{"key": key, "was": was, "now": now} for key, was, now in changes])
         _write_recipe(plan, run)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpt.errors import StorageError
+from mpt.errors import MptError, StorageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,26 @@ class RunDirectory:
     def exists(self) -> bool:
         """Whether a run was begun here; an empty folder is none."""
         return self.journal.exists()
+
+
+def find_run(name: str, runs_dir: Path) -> RunDirectory:
+    """Find a run by its directory, or by its name under `runs_dir`; a directory that is a run wins.
+
+    Raises MptError with the runs that there are, StorageError where a folder can't be looked into.
+    """
+    try:
+        for path in (Path(name), runs_dir / name):
+            if name and RunDirectory(path).exists:
+                return RunDirectory(path)
+        known = sorted(path.parent.name for path in runs_dir.glob("*/journal.jsonl"))
+        is_folder = bool(name) and Path(name).is_dir()
+    except OSError as error:
+        raise StorageError(
+            f"{name} can't be looked into: {error.strerror}", remedy="Give a run's directory that you may read."
+        ) from error
+    problem = f"{name} is no run: it holds no journal.jsonl" if is_folder else f"there is no run {name!r}"
+    there = f" In {runs_dir}: {', '.join(known)}." if known else f" In {runs_dir} there is none."
+    raise MptError(problem, remedy=f"Give a run's directory, or its name with --runs-dir.{there}")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from mpt.running.follow import LineFollower
 from mpt.running.jit_cache import builds, cache_root, remove_stale_locks
 from mpt.running.journal import LAST_WORDS, Journal, last_word, read_events
 from mpt.running.launcher import Command, Processes, build_command, killed_rank
+from mpt.running.lineage import quarantine_later
 from mpt.running.recovery import Ended, Outcome, Restart, Stop, decide, interrupted
 from mpt.running.run_directory import RunDirectory, write_json, writing
 from mpt.running.signals import StopWish
@@ -176,7 +177,8 @@ class Attempt:
         for name, wrong in start_from.passed_over:
             self.journal.append("checkpoint_passed_over", name=name, reason=wrong)
             self.view.note(f"{name} is not used: {wrong}")
-        checkpoints.quarantine_later(self.run, start_from.step)
+        reason = f"going on from {start_from.path.name}"
+        quarantine_later(self.run, self.journal, start_from.step, reason)
 
     def _note_threads(self, command: Command, resume_from: str | None) -> None:
         threads = command.environment.get("OMP_NUM_THREADS", self.environment.get("OMP_NUM_THREADS"))

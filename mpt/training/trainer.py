@@ -18,6 +18,8 @@ from mpt.errors import StorageError, UnsupportedError
 from mpt.planning.plan import Plan
 from mpt.running import checkpoints
 from mpt.running.journal import Journal
+from mpt.running.lineage import current_lineage
+from mpt.running.retention import KEPT_CHECKPOINTS, prune
 from mpt.running.run_directory import RunDirectory
 from mpt.training.audit import Audit
 from mpt.training.gradient_capture import Measurement
@@ -28,8 +30,6 @@ from mpt.training.precision.reduction import ReduceIn, reduce_in
 from mpt.training.precision.transformer_engine import checkpoint_contexts
 from mpt.training.saving import clear_staging, name_best_relatively, storage_errors
 from mpt.training.step_watch import StepWatch
-
-DEFAULT_KEPT_CHECKPOINTS = 2
 
 
 class PlanTrainer(Trainer):
@@ -219,12 +219,17 @@ class PlanTrainer(Trainer):
                     best_name = f"checkpoint-{best}" if best else None
                     name_best_relatively(staging / name, best_name)
                     checkpoints.commit(
-                        staging / name, self.run.checkpoints / name, step=step, world_size=self.args.world_size
+                        staging / name,
+                        self.run.checkpoints / name,
+                        step=step,
+                        world_size=self.args.world_size,
+                        lineage=current_lineage(self.run),
+                        health={"finite": True},  # else _refuse_bad_weights had ended the attempt
                     )
                     staging.rmdir()
                     self.journal.append("checkpoint_saved", step=step, name=name)
-                    keep = self.plan.recipe.training_keys.get("save_total_limit") or DEFAULT_KEPT_CHECKPOINTS
-                    checkpoints.prune(self.run, keep, {best_name} if best_name else set())
+                    keep = self.plan.recipe.training_keys.get("save_total_limit") or KEPT_CHECKPOINTS
+                    prune(self.run, keep, {best_name} if best_name else set())
             # A rank that ended now would have torchrun end the one that is still writing.
             self.accelerator.wait_for_everyone()
             self.newest_checkpoint = name

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mpt.running.checkpoints import commit
 from mpt.running.journal import Journal
+from mpt.running.lineage import current_lineage
 from mpt.running.run_directory import RunDirectory
 from mpt.running.tie import die_with_parent
 
@@ -80,7 +81,9 @@ class Worker:
         staging.mkdir(parents=True)
         staging.joinpath("state").write_text(self.state)
         time.sleep(self.wishes["save_s"])
-        commit(staging, self.run.checkpoints / f"checkpoint-{step}", step=step, world_size=1)
+        final = self.run.checkpoints / f"checkpoint-{step}"
+        lineage = current_lineage(self.run)
+        commit(staging, final, step=step, world_size=1, lineage=lineage, health={"finite": True})
         self.journal.append("checkpoint_saved", step=step, name=f"checkpoint-{step}")
 
     def suffer(self, step: int) -> None:

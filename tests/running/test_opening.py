@@ -1,11 +1,14 @@
 """What is allowed with a run directory that is already there."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mpt.running.journal import Journal
+from mpt.running.manifest import read_manifest
 from mpt.running.opening import locate, opened
 from tests.running.small_runs import SmallRun, small_plan
 
@@ -80,3 +83,44 @@ def test_never_moves_the_old_run_aside_whole_each_time(new_run: NewRun) -> None:
 def test_a_name_that_is_no_folder_s_name_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(Exception, match="is no name for a run"):
         locate(tmp_path, name)
+
+
+def stopped_at_13(new_run: NewRun) -> SmallRun:
+    run = new_run(faults=[{"attempt": 1, "step": 13, "do": "2"}])
+    assert run.train().code == 2
+    run.wishes = {}
+    return run
+
+
+def test_a_move_into_quarantine_that_a_kill_cut_short_is_finished_before_the_run_goes_on(new_run: NewRun) -> None:
+    run = stopped_at_13(new_run)
+    Journal(run.directory.journal, 1).append(
+        "checkpoints_quarantined", names=["checkpoint-10"], lineage=1, step=5, reason="it rose"
+    )
+    assert run.train().code == 0
+    assert run.kinds("attempt_started", "resume_from") == [None, "checkpoint-5"]
+    assert [path.name for path in run.directory.checkpoints.glob("quarantine-*/*")] == ["checkpoint-10"]
+    assert read_manifest(run.directory.checkpoints / "checkpoint-10")["lineage"] == 2
+    straight = new_run()
+    straight.train()
+    assert run.state == straight.state
+
+
+def test_going_back_as_asked_begins_a_lineage_and_says_why(new_run: NewRun) -> None:
+    run = stopped_at_13(new_run)
+    assert run.train(resume="checkpoint-5").code == 0
+    assert run.kinds("checkpoints_quarantined", "names") == [["checkpoint-10"]]
+    assert run.kinds("checkpoints_quarantined", "reason") == ["--resume checkpoint-5"]
+    assert run.kinds("quarantine_completed", "lineage") == [1]
+
+
+def test_a_run_with_a_newer_mpt_s_checkpoint_is_refused_and_stays(new_run: NewRun) -> None:
+    run = stopped_at_13(new_run)
+    manifest = run.directory.checkpoints / "checkpoint-10" / "manifest.json"
+    content = json.loads(manifest.read_text()) | {"version": 3}
+    manifest.write_text(json.dumps(content))
+    refused = run.train()
+    assert refused.code == 3
+    assert "written by a newer mpt" in refused.err
+    assert "Traceback" not in refused.err
+    assert run.checkpoints == ["checkpoint-10", "checkpoint-5"]
