@@ -17,13 +17,13 @@ FINAL_FAILURES = (
 )
 MAX_BACKOFF_S = 60.0
 DIVERGED_REMEDY = (
-    "Lower training.learning_rate, lengthen training.warmup_steps, or take a precision with more range; the checkpoints "
-    "before it are sound."
+    "Lower training.learning_rate, lengthen training.warmup_steps, or take a precision with more range; the "
+    "checkpoints before it are sound."
 )
 LOSS_SCALE_REMEDY = (
-    "Gradients overflow at the lowest loss scale that the recipe allows: leave precision.loss_scale.static or min out or "
-    "lower it, keep the layers that overflow in fp32 through precision.layers, or ask for bf16 or fp32; the checkpoints "
-    "before it are sound."
+    "Gradients overflow at the lowest loss scale that the recipe allows: leave precision.loss_scale.static or min out "
+    "or lower it, keep the layers that overflow in fp32 through precision.layers, or ask for bf16 or fp32; the "
+    "checkpoints before it are sound."
 )
 
 

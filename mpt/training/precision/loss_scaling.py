@@ -134,8 +134,8 @@ def build_scaler(loss_scale: Mapping[str, Any], device: str) -> torch.amp.GradSc
 def hold_deepspeed_knobs(optimizer: Any, loss_scale: Mapping[str, Any]) -> None:
     """Let the plan's knobs stand where DeepSpeed has loaded a checkpoint's whole scaler over them.
 
-    `optimizer` is ZeRO's (deepspeed 0.19.8, `_load_global_state` in zero/stage_1_and_2.py and zero/stage3.py). A dynamic
-    scale goes on from where it was; a fixed one is the plan's.
+    `optimizer` is ZeRO's (deepspeed 0.19.8, `_load_global_state` in zero/stage_1_and_2.py and zero/stage3.py). A
+    dynamic scale goes on from where it was; a fixed one is the plan's.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
