@@ -352,6 +352,76 @@ class RestartSection(Section):
     """Restarts from the last complete checkpoint, in all; after them the run ends with exit code 82."""
 
 
+class HealthSection(Section):
+    """What the run's numbers may do before something is done about them. Non-finite numbers never reach the weights,
+    whatever stands here. To roll back is to end the attempt at the numbers, before they spoil a checkpoint."""
+
+    spikes: Flag = True
+    """Judge finite losses and gradient norms too, by their last values. False: only what is not finite, or dead."""
+    window: PositiveInt = 128
+    """Accepted values that a new one is compared with: their median, and their median absolute deviation x 1.4826 as
+    sigma (at least 0.5 % of the median)."""
+    min_seen: Annotated[Integer, Field(ge=2)] = 32
+    """Values that must have been seen before any is judged."""
+    spike_sigmas: Annotated[Number, Field(gt=0)] = 8.0
+    """A logarithm of the gradient norm this many sigma above its median is clipped to the median. A loss that is, and
+    10 % above its median too, is high; 3 high ones of 5 open an event."""
+    max_clips: PositiveInt = 16
+    """Steps in a row clipped that way; the next one is taken for the new level."""
+    settle_steps: Annotated[Integer, Field(ge=16)] = 64
+    """Steps that an event of the loss gets to pass by itself."""
+    settle_sigmas: Annotated[Number, Field(gt=0)] = 4.0
+    """Roll back where the median of the last 16 losses is still this many sigma up after that."""
+    runaway_factor: Annotated[Number, Field(gt=1)] = 3.0
+    """Roll back at once where the loss is over this many times its median for 8 steps in a row."""
+    max_bad_in_a_row: PositiveInt = 3
+    """Roll back at this many steps in a row whose loss or gradient is not finite; fewer are left out. A loss that is
+    not finite in fp16 rolls back at once: loss scaling comes after the forward pass."""
+    max_bad_in_1000: Annotated[Integer, Field(ge=0, lt=1000)] = 10
+    """Roll back where more of the last 1000 steps than these were not finite."""
+    max_overflows_in_a_row: PositiveInt = 18
+    """Roll back at this many steps in a row whose gradient overflows in fp16, as from a first scale of 65536; a higher
+    one gets a step more for each halving. An overflow at a scale of 1 or less rolls back at once."""
+    max_overflow_share: Annotated[Number, Field(gt=0, le=1)] = 0.25
+    """Roll back where gradients overflowed in more than this share of the last 200 steps."""
+    max_steps_without_update: PositiveInt = 50
+    """Roll back where this many steps in a row changed no weight, for whatever reason."""
+    dead_after: PositiveInt = 50
+    """Roll back where for this many updates every gradient is exactly 0, or the loss rests within 0.1 % of
+    ln(vocabulary) after it had been 1 % lower; if it never had, 5 times as many."""
+
+    @model_validator(mode="after")
+    def _judges_what_it_has_seen(self) -> Self:
+        judging = {
+            "window", "min_seen", "spike_sigmas", "max_clips", "settle_steps", "settle_sigmas", "runaway_factor",
+        }  # fmt: skip
+        idle = sorted(judging & self.model_fields_set)
+        if not self.spikes and idle:
+            raise ValueError(f"spikes is false, and {', '.join(idle)} say how spikes are judged; remove them or spikes")
+        if self.window < self.min_seen:
+            raise ValueError(
+                f"window is {self.window}, below min_seen {self.min_seen}: nothing would ever be judged; "
+                "raise window, or lower min_seen"
+            )
+        if self.settle_sigmas > self.spike_sigmas:
+            raise ValueError(
+                f"settle_sigmas is {self.settle_sigmas:g}, above spike_sigmas {self.spike_sigmas:g}: "
+                f"an event would be over as it opens; write at most {self.spike_sigmas:g}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_can_end(self) -> Self:
+        for key in ("max_bad_in_a_row", "max_overflows_in_a_row"):
+            row = getattr(self, key)
+            if key in self.model_fields_set and row > self.max_steps_without_update:
+                raise ValueError(
+                    f"{key} is {row}, and a run ends after max_steps_without_update {self.max_steps_without_update} "
+                    f"anyway; write at most {self.max_steps_without_update}, or raise that"
+                )
+        return self
+
+
 class CompareBoundsSection(Section):
     """What the comparison must show for the run to start; otherwise it ends with exit code 81."""
 
@@ -414,6 +484,8 @@ class Recipe(Section):
     """Text to generate at the end; a text is its `prompt`."""
     restart: RestartSection = RestartSection()
     """What the supervisor does about a crash."""
+    health: HealthSection = HealthSection()
+    """What the run's numbers may do before something is done about them."""
     compare: CompareSection | None = None
     """Compare the precision with another one before the run."""
 
