@@ -258,7 +258,7 @@ class PartView:
         if event["kind"] == "training_started":
             most = event.get("max_steps")
             self._view.event({**event, "max_steps": min(self._steps, most) if most else self._steps})
-        elif event["kind"] in ("phase", "step_skipped", "non_finite") or event.get("passed") is False:
+        elif event["kind"] in ("phase", "step_skipped", "health") or event.get("passed") is False:
             self._view.event(event)
 
     def row(self, row: Mapping[str, Any]) -> None:

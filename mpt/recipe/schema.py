@@ -390,6 +390,9 @@ class HealthSection(Section):
     """Roll back where for this many updates every gradient is exactly 0, or the loss rests within 0.1 % of
     ln(vocabulary) after it had been 1 % lower; if it never had, 5 times as many."""
 
+    known_good_after: PositiveInt = 100
+    """Healthy updates in a row after which an earlier checkpoint counts as known to be good."""
+
     @model_validator(mode="after")
     def _judges_what_it_has_seen(self) -> Self:
         judging = {

@@ -244,8 +244,8 @@ def describe(event: Mapping[str, Any]) -> str | None:
             return f"{at}  ALARM: {share} were skipped by overflow. {event.get('remedy')}"
         case "alarm":
             return f"{at}  ALARM: {event.get('what')}. {event.get('remedy')}"
-        case "non_finite":
-            return f"{at}  {event.get('what')} is {event.get('value')}"
+        case "health":
+            return f"{at}  {event.get('code')}: {event.get('reason')}"
         case "stop_requested" if "step" in event:
             return f"{at}  stop requested by {event.get('by')}"
         case _:

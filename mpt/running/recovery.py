@@ -89,7 +89,7 @@ def decide(ended: Ended, restarts: int, max_restarts: int) -> Restart | Stop:
         return Stop(
             Outcome.DIVERGED,
             ExitCode.DIVERGED,
-            f"{word['what']} was {word['value']} at step {word['step']}; the update was not made",
+            f"{word['reason']} (step {word['step']}, {word['code']})",
             LOSS_SCALE_REMEDY if word["what"] == "loss_scale" else DIVERGED_REMEDY,
         )
     if word is not None and word["exit_code"] in FINAL_FAILURES:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mpt.training.dead_model import DeadModel
-from mpt.training.lost_updates import Idle, NonFinite, Overflows
+from mpt.training.lost_updates import LOWEST_SCALE, Idle, NonFinite, Overflows
 from mpt.training.spikes import GradientSpikes, LossSpikes
 from mpt.training.verdict import FINE, Action, Code, Verdict
 
@@ -64,15 +64,27 @@ class HealthMonitor:
     """The health of one attempt; `state` and `restore` carry it over to the next one.
 
     `vocabulary` is the number of classes of the loss, None where the loss is no cross entropy over tokens. `is_scaled`:
-    a loss scale is at work (fp16), so that an overflow of the gradient is no fault. Losses are unscaled everywhere.
+    a loss scale is at work (fp16), so that an overflow of the gradient is no fault; one at `lowest_scale` or below is,
+    and 0 leaves that to the scaler, which has a floor or is fixed. Losses are unscaled everywhere.
     """
 
-    def __init__(self, thresholds: Thresholds, *, vocabulary: int | None, is_scaled: bool) -> None:
+    def __init__(
+        self,
+        thresholds: Thresholds,
+        *,
+        vocabulary: int | None,
+        is_scaled: bool,
+        lowest_scale: float = LOWEST_SCALE,
+    ) -> None:
         bounds = thresholds
         self.is_scaled = is_scaled
         self._judges_spikes = bounds.spikes
         self._non_finite = NonFinite(max_in_a_row=bounds.max_bad_in_a_row, max_in_1000=bounds.max_bad_in_1000)
-        self._overflows = Overflows(max_in_a_row=bounds.max_overflows_in_a_row, max_share=bounds.max_overflow_share)
+        self._overflows = Overflows(
+            max_in_a_row=bounds.max_overflows_in_a_row,
+            max_share=bounds.max_overflow_share,
+            lowest_scale=lowest_scale,
+        )
         self._idle = Idle(max_steps=bounds.max_steps_without_update)
         self._dead = DeadModel(dead_after=bounds.dead_after, vocabulary=vocabulary)
         self._norms = GradientSpikes(

@@ -55,9 +55,10 @@ class NonFinite:
 class Overflows:
     """N1: under a loss scale overflows are expected, until the scale has come down as far as it can."""
 
-    def __init__(self, *, max_in_a_row: int, max_share: float) -> None:
+    def __init__(self, *, max_in_a_row: int, max_share: float, lowest_scale: float = LOWEST_SCALE) -> None:
         self.max_in_a_row = max_in_a_row
         self.max_share = max_share
+        self.lowest_scale = lowest_scale
         self._seen = 0
         self._in_a_row = 0
         self._allowed = max_in_a_row
@@ -76,7 +77,7 @@ class Overflows:
         self._in_a_row += 1
         self._steps = [one for one in self._steps if one > step - SHORT] + [step]
         share = len(self._steps) / SHORT
-        if scale is not None and scale <= LOWEST_SCALE:
+        if scale is not None and scale <= self.lowest_scale:
             reason = f"a gradient overflows at a loss scale of {scale:g}"
             return Verdict(Action.ROLL_BACK, Code.N1, "loss_scale", scale, reason, self._onset)
         if self._in_a_row >= self._allowed:

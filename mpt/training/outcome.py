@@ -7,16 +7,20 @@ from types import FrameType
 
 
 class Diverged(Exception):  # noqa: N818 - an outcome, as StopIteration is one
-    """The numbers went bad; raised before the optimizer step that would have spread them into the weights.
+    """The numbers went bad for good; raised before the optimizer step that would have spread them into the weights.
 
-    `what` is "loss", "grad_norm", "loss_scale" or "weights".
+    `what` is "loss", "grad_norm", "loss_scale", "update" or "weights"; `code` one of `mpt.training.verdict.Code`;
+    `onset` the first step of the event.
     """
 
-    def __init__(self, step: int, what: str, value: float) -> None:
-        super().__init__(f"step {step}: {what} is {value}")
+    def __init__(self, step: int, what: str, value: float, *, code: str, reason: str, onset: int) -> None:
+        super().__init__(f"step {step}: {reason}")
         self.step = step
         self.what = what
         self.value = value
+        self.code = code
+        self.reason = reason
+        self.onset = onset
 
 
 class Stopped(Exception):  # noqa: N818

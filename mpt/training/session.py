@@ -21,10 +21,11 @@ from mpt.planning.plan import Plan
 from mpt.running.journal import Journal
 from mpt.running.metrics import read_rows
 from mpt.running.run_directory import AttemptDirectory, RunDirectory
-from mpt.terms import DeviceKind, Feature
+from mpt.terms import DeviceKind, Feature, Task
 from mpt.training.adapters import add_adapters
 from mpt.training.audit import Audit
 from mpt.training.data import read_documents
+from mpt.training.health import HealthMonitor, Thresholds
 from mpt.training.outcome import StopRequest
 from mpt.training.precision.apply import DTYPES, apply_precision
 from mpt.training.precision.pure_bf16 import PureBf16AdamW
@@ -99,7 +100,9 @@ def train(
     model = add_adapters(model, plan)
 
     phase("setup")
-    watch = StepWatch(journal, run.metrics, attempt=number, rank=rank, stop=stop, device=arguments.device)
+    watch = StepWatch(
+        journal, run.metrics, build_monitor(plan), attempt=number, rank=rank, stop=stop, device=arguments.device
+    )
     with refused_keys():
         trainer = PlanTrainer(
             plan=plan,
@@ -150,6 +153,17 @@ def build_arguments(plan: Plan, run: RunDirectory) -> TrainingArguments:
     if plan.machine.kind is DeviceKind.CUDA and plan.machine.all_compute(Feature.TF32):
         enable_tf32(plan.value("tf32"))
     return arguments
+
+
+def build_monitor(plan: Plan) -> HealthMonitor:
+    """Build what watches the numbers, by the recipe's `health:` block."""
+    thresholds = Thresholds(**plan.recipe.health.model_dump(exclude={"known_good_after"}))
+    # The loss of every other task is no cross entropy over the vocabulary.
+    vocabulary = plan.facts.vocab_size if plan.value("task") == Task.CAUSAL_LM else None
+    scale = plan.value("loss_scale")
+    has_own_end = scale is not None and (scale.get("static") is not None or scale.get("min") is not None)
+    lowest = {"lowest_scale": 0.0} if has_own_end else {}
+    return HealthMonitor(thresholds, vocabulary=vocabulary, is_scaled=scale is not None, **lowest)
 
 
 def pure_bf16_optimizer(plan: Plan, arguments: TrainingArguments) -> tuple[type, dict[str, Any]] | None:

@@ -1,7 +1,8 @@
 """What a step amounts to over all ranks: loss, tokens, gradient norm, whether to stop. One collective and one host
 synchronisation a step, made after the last backward pass and before the optimizer step.
 
-Bad numbers stop here, before they reach the weights: a NaN gradient makes every parameter NaN in one AdamW step.
+Bad numbers are judged here (`mpt.training.health`) before they reach the weights: a NaN gradient makes every parameter
+NaN in one AdamW step.
 """
 
 import json
@@ -12,18 +13,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from mpt.running.journal import Journal
+from mpt.training.health import Action, Code, HealthMonitor, Verdict
 from mpt.training.outcome import Diverged, StopRequest
 from mpt.training.skip_rate import REMEDY, SkipRate
-
-# Skipped steps in a row after which a fixed loss scale is judged too high for good. A dynamic one has by then been
-# halved from 2^16 to below 1, or to the floor that it was given, and is judged by that.
-MAX_SKIPS_AT_STATIC_SCALE = 20
 
 
 @dataclass(slots=True)
@@ -39,15 +37,26 @@ class Step:
     is_at_floor: bool | None = None
     """Whether an overflow could not lower the loss scale any more; None where it has no floor."""
     skipped: bool = False
+    clip_to: float | None = None
+    """The norm to which the gradient is scaled down; None: as it is."""
 
 
 class StepWatch:
     """Collects a step's micro batches, agrees on them with the other ranks, and writes the metrics row (rank 0)."""
 
     def __init__(
-        self, journal: Journal, metrics: Path, *, attempt: int, rank: int, stop: StopRequest, device: torch.device
+        self,
+        journal: Journal,
+        metrics: Path,
+        health: HealthMonitor,
+        *,
+        attempt: int,
+        rank: int,
+        stop: StopRequest,
+        device: torch.device,
     ) -> None:
         self.journal = journal
+        self.health = health
         self.attempt = attempt
         self.is_writer = rank == 0
         self.stop = stop
@@ -59,7 +68,6 @@ class StepWatch:
         self._tokens: list[torch.Tensor | int] = []
         self._number = 0
         self._learning_rate = 0.0
-        self._skips = 0
         self._skip_rate = SkipRate()
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
@@ -86,7 +94,7 @@ class StepWatch:
     ) -> Step:
         """Sum over ranks, and judge. `grad_norm`, `loss_scale` and `is_at_floor` are the same on every rank already.
 
-        Raises Diverged for a non-finite loss, and for a non-finite gradient norm without a loss scale to blame it on.
+        The health monitor judges the sums, on every rank alike. Raises Diverged where the run must go back.
         """
         asked_by = self.stop.by()
         kind = torch.float32 if self.device.type == "mps" else torch.float64
@@ -111,51 +119,67 @@ class StepWatch:
             self.stop_agreed = True
             if self.is_writer:
                 self.journal.append("stop_requested", step=step.number, by=asked_by or "another rank")
-        if not math.isfinite(step.loss):
-            self.fail("loss", step.loss)
-        if grad_norm is not None:
-            self.judge_norm(norm, can_skip=loss_scale is not None)
+        step.grad_norm = None if grad_norm is None else norm
+        self._heed(
+            self.health.before_update(step.number, step.loss, step.grad_norm, step.loss_scale, step.learning_rate)
+        )
+        if step.skipped and step.is_at_floor:
+            self.give_up_scale()
         return step
 
-    def judge_norm(self, norm: float, *, can_skip: bool, applied: bool | None = None) -> None:
-        """Note the gradient norm. A non-finite one is a skipped step under a loss scale, else Diverged is raised."""
-        assert self.step is not None
-        self.step.grad_norm = norm
-        if math.isfinite(norm) and applied is not False:
-            self._skips = 0
-            return
-        if not can_skip:
-            self.fail("grad_norm", norm)
-        self.step.skipped = True
-        self._skips += 1
-        if self.is_writer:
-            self.journal.append(
-                "step_skipped",
-                step=self.step.number,
-                reason="overflow: a gradient is not finite at this loss scale",
-                loss_scale=self.step.loss_scale,
-            )
+    def conclude(self, *, applied: bool, grad_norm: float | None = None) -> None:
+        """Judge what came of the step: whether the weights have changed, and a norm that was not known before.
 
-    def judge_scale(self, *, is_static: bool) -> None:
-        """Raise Diverged where overflow goes on though the loss scale can give no more room."""
+        Raises Diverged where the run must go back.
+        """
+        assert self.step is not None
+        if grad_norm is not None:
+            self.step.grad_norm = grad_norm
+        self.step.skipped = not applied
+        self._heed(self.health.after_update(self.step.number, applied=applied, grad_norm=grad_norm), late=True)
+
+    def give_up_scale(self) -> None:
+        """End the attempt: an overflow at the floor of the loss scale, which can give no more room."""
         assert self.step is not None
         scale = self.step.loss_scale
-        if not self.step.skipped or scale is None:
-            return
-        if is_static:
-            is_hopeless = self._skips >= MAX_SKIPS_AT_STATIC_SCALE
-        elif self.step.is_at_floor is not None:
-            is_hopeless = self.step.is_at_floor  # DeepSpeed's "Current loss scale already at minimum"
-        else:
-            is_hopeless = scale < 1
-        if is_hopeless:
-            self.fail("loss_scale", scale)
+        reason = f"a gradient overflows at the lowest loss scale that is allowed, {scale:g}"
+        self.roll_back(Verdict(Action.ROLL_BACK, Code.N1, "loss_scale", scale, reason, self.step.number))
 
-    def fail(self, what: str, value: float) -> None:
-        """Journal what is not finite and end the run."""
+    def roll_back(self, verdict: Verdict) -> NoReturn:
+        """Journal why nothing of this step may stay, and end the attempt. Every rank comes to it."""
+        self._journal(verdict)
+        raise Diverged(
+            self._number,
+            str(verdict.what),
+            math.nan if verdict.value is None else verdict.value,
+            code=str(verdict.code),
+            reason=verdict.reason,
+            onset=self._number if verdict.onset is None else verdict.onset,
+        )
+
+    def _heed(self, verdict: Verdict, *, late: bool = False) -> None:
+        """Do what a verdict says, and journal it where it says something."""
+        assert self.step is not None
+        if verdict.action is Action.ROLL_BACK:
+            self.roll_back(verdict)
+        if not late:
+            self.step.skipped = verdict.action is Action.SKIP
+            self.step.clip_to = verdict.clip_to
+        if verdict.code is Code.N0:
+            if self.is_writer:
+                self.journal.append(
+                    "step_skipped",
+                    step=self.step.number,
+                    reason="overflow: a gradient is not finite at this loss scale",
+                    loss_scale=self.step.loss_scale,
+                )
+        elif verdict.code is not None:
+            self._journal(verdict)
+
+    def _journal(self, verdict: Verdict) -> None:
         if self.is_writer:
-            self.journal.append("non_finite", step=self._number, what=what, value=value)
-        raise Diverged(self._number, what, value)
+            told = {"code": verdict.code, "action": verdict.action, "what": verdict.what, "value": verdict.value}
+            self.journal.append("health", step=self._number, **told, reason=verdict.reason, onset=verdict.onset)
 
     def write_step(self) -> None:
         """Write the metrics row of the step that has just ended."""

@@ -2,6 +2,7 @@
 checkpoints are staged and committed, metrics are written each step, a stop is agreed on by all ranks.
 """
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import DummyOptim
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from transformers import Trainer, TrainerCallback
@@ -22,7 +22,9 @@ from mpt.running.lineage import current_lineage
 from mpt.running.retention import KEPT_CHECKPOINTS, prune
 from mpt.running.run_directory import RunDirectory
 from mpt.training.audit import Audit
+from mpt.training.finite import bad_state, bad_weights
 from mpt.training.gradient_capture import Measurement
+from mpt.training.health import Action, Code, Verdict
 from mpt.training.outcome import Stopped
 from mpt.training.precision.apply import DTYPES, fp8_context, fp8_recomputes, fp32_buffers, restore_buffers
 from mpt.training.precision.loss_scaling import build_scaler, hold_deepspeed_knobs, scale_at_floor
@@ -30,6 +32,8 @@ from mpt.training.precision.reduction import ReduceIn, reduce_in
 from mpt.training.precision.transformer_engine import checkpoint_contexts
 from mpt.training.saving import clear_staging, name_best_relatively, storage_errors
 from mpt.training.step_watch import StepWatch
+
+HEALTH_FILE = "health.json"
 
 
 class PlanTrainer(Trainer):
@@ -49,6 +53,7 @@ class PlanTrainer(Trainer):
         self.reduction: ReduceIn | None = None
         self._fp8 = fp8_context(plan)
         self._staging: Path | None = None
+        self._candidates: list[int] = []  # steps of checkpoints that may prove good
         if watch.is_writer:
             clear_staging(run.checkpoints)
         if fp8_recomputes(plan):
@@ -155,13 +160,22 @@ class PlanTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if self.is_deepspeed_enabled:
             return norm
+        limit = self.args.max_grad_norm
         scale = None if self.scaler is None else self.scaler._get_scale_async()
         step = self.watch.agree(torch.as_tensor(norm), scale, scale_at_floor(self.scaler))
-        if self.plan.value("loss_scale") is not None:
-            self.watch.judge_scale(is_static=self.plan.value("loss_scale").get("static") is not None)
         self.audit.before_first_step(self)
         self.measurement.before_first_step(self, step.grad_norm)
+        if step.skipped:
+            # An optimizer leaves a weight without a gradient alone, decay and moments included.
+            self.model.zero_grad(set_to_none=True)
+        elif step.clip_to is not None and step.grad_norm is not None:
+            self._scale_gradients(step.clip_to / (min(step.grad_norm, limit) if limit > 0 else step.grad_norm))
         return step.grad_norm
+
+    def _scale_gradients(self, factor: float) -> None:
+        """Make every gradient smaller; the Trainer has clipped them to its own limit by now."""
+        if factor < 1:
+            torch._foreach_mul_([w.grad for w in self.model.parameters() if w.grad is not None], factor)
 
     # --- evaluation
 
@@ -201,7 +215,7 @@ class PlanTrainer(Trainer):
         name = f"checkpoint-{step}"
         if self.newest_checkpoint != name:
             self._phase("saving")
-            self._refuse_bad_weights()
+            self._refuse(bad_state(self), "not finite, and kept out of the checkpoint")
             staging = self.run.checkpoints / f".staging-{step}"
             self._staging = staging
             try:
@@ -218,13 +232,14 @@ class PlanTrainer(Trainer):
                 with storage_errors(self.run.checkpoints):
                     best_name = f"checkpoint-{best}" if best else None
                     name_best_relatively(staging / name, best_name)
+                    self._keep_health(staging / name)
                     checkpoints.commit(
                         staging / name,
                         self.run.checkpoints / name,
                         step=step,
                         world_size=self.args.world_size,
                         lineage=current_lineage(self.run),
-                        health={"finite": True},  # else _refuse_bad_weights had ended the attempt
+                        health={"finite": True},  # else the attempt had ended before it was saved
                     )
                     staging.rmdir()
                     self.journal.append("checkpoint_saved", step=step, name=name)
@@ -233,6 +248,8 @@ class PlanTrainer(Trainer):
             # A rank that ended now would have torchrun end the one that is still writing.
             self.accelerator.wait_for_everyone()
             self.newest_checkpoint = name
+            if self.watch.health.is_healthy:
+                self._candidates.append(step)
             self.state.best_model_checkpoint = self._best_checkpoint()
             self._phase("training")
 
@@ -242,18 +259,34 @@ class PlanTrainer(Trainer):
         folder = self.run.checkpoints / f"checkpoint-{best}"
         return str(folder) if best and folder.is_dir() else None
 
-    def _refuse_bad_weights(self) -> None:
-        """Keep a non-finite weight out of every checkpoint: the last good one must stay the newest."""
-        kind = torch.float32 if self.args.device.type == "mps" else torch.float64
-        bad = torch.zeros((), dtype=kind, device=self.args.device)
-        for weight in self.model.parameters():
-            if weight.requires_grad:
-                held = getattr(weight, "ds_tensor", weight)  # ZeRO-3 holds a share of each
-                bad += (~torch.isfinite(held.detach())).any().to(bad)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(bad)
-        if bad.item():
-            self.watch.fail("weights", math.nan)
+    def _refuse(self, bad: str | None, where: str) -> None:
+        """End the attempt where something is not finite: the last good checkpoint must stay the newest."""
+        if bad is not None:
+            self.watch.roll_back(Verdict(Action.ROLL_BACK, Code.N4, "weights", math.nan, f"{where}: {bad}"))
+
+    def _keep_health(self, folder: Path) -> None:
+        """Save with a checkpoint what later verdicts depend on: a resumed run judges as one never interrupted."""
+        folder.joinpath(HEALTH_FILE).write_text(json.dumps(self.watch.health.state()), encoding="utf-8")
+
+    def _restore_health(self) -> None:
+        if self.plan.resume_from is None:
+            return
+        proved = checkpoints.known_good(self.run)
+        listed = checkpoints.list_checkpoints(self.run)
+        self._candidates = [step for step, path in listed if path.name not in proved]
+        kept = self.run.checkpoints / self.plan.resume_from / HEALTH_FILE
+        if kept.exists():  # a checkpoint of an earlier mpt has none
+            self.watch.health.restore(json.loads(kept.read_text(encoding="utf-8")))
+
+    def promote(self) -> None:
+        """Say which checkpoints have proved good: enough healthy updates were made after them."""
+        enough, step = self.plan.recipe.health.known_good_after, self.state.global_step
+        if not self.watch.is_writer or self.watch.health.healthy_steps < enough:
+            return
+        for candidate in [saved for saved in self._candidates if saved + enough <= step]:
+            self._candidates.remove(candidate)
+            if (self.run.checkpoints / f"checkpoint-{candidate}").is_dir():
+                checkpoints.promote(self.journal, candidate)
 
     def _phase(self, phase: str) -> None:
         if self.watch.is_writer:
@@ -271,6 +304,8 @@ class StepHooks(TrainerCallback):
         # The Trainer has copied the tokenizer's pad into the configuration. A model built from that again would freeze
         # the embedding of that token, which here is often the end of text (torch.nn.Embedding, padding_idx).
         trainer.model.config.pad_token_id = trainer.pad_token_id
+        trainer._restore_health()
+        trainer._refuse(bad_weights(trainer), "not finite before the first step")
         trainer.audit.after_set_up(trainer)
         if trainer.watch.is_writer:
             trainer._phase("training")
@@ -286,13 +321,22 @@ class StepHooks(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         trainer = self.trainer
         step = trainer.watch.step
-        if trainer.scaler is not None and step is not None and step.skipped:
-            # A fused optimizer skips inside its kernel, and accelerate believes that it stepped (accelerate#4242): the
-            # learning rate would go on.
-            trainer.optimizer._is_overflow = True
+        if step is None:
+            return
+        # The learning rate counts applied steps. accelerate believes that a fused optimizer stepped (accelerate#4242),
+        # knows nothing of an update that the watch left out, and asks DeepSpeed's bf16 optimizer for what it lacks.
+        if trainer.is_deepspeed_enabled:
+            trainer.optimizer.__has_overflow__ = True
+            trainer.model_wrapped.optimizer.overflow = step.skipped
+        else:
+            trainer.optimizer._is_overflow = step.skipped
 
     def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        self.trainer.watch.write_step()
+        trainer, step = self.trainer, self.trainer.watch.step
+        trainer.watch.write_step()
+        if not trainer.is_deepspeed_enabled and step is not None:  # DeepSpeed's step was judged where it was made
+            trainer.watch.conclude(applied=not step.skipped)
+        trainer.promote()
         self.trainer.audit.after_first_step(self.trainer)
         self.trainer.measurement.after_step(self.trainer)
 
@@ -302,7 +346,7 @@ class WatchedEngine(DeepSpeedEngineWrapper):
 
     Every ZeRO stage checks the gradient norm before it updates (deepspeed 0.19.8, `step` in zero/stage_1_and_2.py,
     zero/stage3.py and bf16_optimizer.py): with a non-finite one the update is left out and `was_step_applied()` is
-    False. In fp16 that is loss scaling at work; in bf16 and fp32 it is the end.
+    False. In fp16 that is loss scaling at work; in bf16 and fp32 it is a bad step.
     """
 
     def __init__(self, engine: Any, trainer: PlanTrainer) -> None:
@@ -312,6 +356,8 @@ class WatchedEngine(DeepSpeedEngineWrapper):
     def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **keywords: Any) -> None:
         engine, watch = self.engine, self.trainer.watch
         watch.add_loss(loss)
+        # A loss that is not finite may have finite gradients; these are what the engine looks at.
+        loss = torch.where(torch.isfinite(loss.detach()), loss, loss * math.nan)
         engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
         with self.trainer.audit.watching_backward():
             engine.backward(loss, **keywords)
@@ -322,18 +368,14 @@ class WatchedEngine(DeepSpeedEngineWrapper):
         watch.agree(None, scale)
         self.trainer.audit.before_first_step(self.trainer)
         self.trainer.measurement.before_first_step(self.trainer)
-        loss_scale = self.trainer.plan.value("loss_scale")
         try:
             engine.step()
         except Exception as error:
             if scale is not None and "loss scale already at minimum" in str(error):
-                watch.fail("loss_scale", float(engine.optimizer.loss_scale))
+                watch.give_up_scale()
             raise
         norm = engine.get_global_grad_norm()
-        value = float(norm) if norm is not None else 0.0
-        watch.judge_norm(value, can_skip=is_fp16, applied=engine.was_step_applied())
-        if is_fp16:
-            watch.judge_scale(is_static=(loss_scale or {}).get("static") is not None)
+        watch.conclude(applied=engine.was_step_applied(), grad_norm=float(norm) if norm is not None else 0.0)
 
 
 def hold_learning_rate(optimizer: Any, scheduler: Any, rate: float) -> None:

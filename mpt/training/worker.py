@@ -63,9 +63,9 @@ def _train(run: RunDirectory, number: int, rank: int, journal: Journal) -> int:
         return _last_word(journal, rank, ExitCode.STOPPED, "stopped", step=stopped.step, checkpoint=stopped.checkpoint)
     except Diverged as diverged:
         print(f"diverged: {diverged}", file=sys.stderr)
-        return _last_word(
-            journal, rank, ExitCode.DIVERGED, "diverged", step=diverged.step, what=diverged.what, value=diverged.value
-        )
+        told = {"step": diverged.step, "what": diverged.what, "value": diverged.value, "code": diverged.code}
+        told |= {"reason": diverged.reason, "onset": diverged.onset}
+        return _last_word(journal, rank, ExitCode.DIVERGED, "diverged", **told)
     return _last_word(
         journal, rank, ExitCode.DONE, "finished", step=done.step, train_loss=done.train_loss, eval_loss=done.eval_loss
     )
@@ -93,12 +93,12 @@ def explain(error: BaseException) -> tuple[str, str, ExitCode]:
     )
 
 
-def _last_word(journal: Journal, rank: int, code: ExitCode, kind: str, **payload: Any) -> int:
+def _last_word(journal: Journal, rank: int, exit_code: ExitCode, kind: str, /, **payload: Any) -> int:
     """Write what every rank agreed on, once: rank 0 does."""
     if rank == 0:
         journal.append(kind, **payload)
     _leave_together()
-    return code
+    return exit_code
 
 
 def _last_word_failed(journal: Journal, problem: str, remedy: str, code: ExitCode) -> int:

@@ -128,7 +128,7 @@ def test_a_stream_that_is_closed_meanwhile_is_no_trouble() -> None:
     [
         ({"kind": "training_started", "step": 0, "max_steps": None, "samples": None}, "training"),
         ({"kind": "audit", "passed": False}, "audit FAILED"),
-        ({"kind": "non_finite", "step": 3, "what": "loss", "value": "nan"}, "step 3  loss is nan"),
+        ({"kind": "health", "step": 3, "code": "N2", "reason": "loss is nan"}, "step 3  N2: loss is nan"),
         (
             {"kind": "step_skipped", "step": 3, "reason": "overflow: why", "loss_scale": 2.0**27},
             "step 3  skipped: overflow: why (loss scale 2^27)",

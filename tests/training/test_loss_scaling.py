@@ -18,14 +18,19 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpt.cli.train import _report
+from mpt.hardware.specs import parse_machine
+from mpt.planning.model_facts import learn_model_facts
+from mpt.planning.plan import resolve
+from mpt.recipe.schema import HealthSection
 from mpt.reporting.live import describe, spell_loss_scale
 from mpt.reporting.summary import summarise
 from mpt.running.journal import Journal, read_events
 from mpt.training.outcome import Diverged, StopRequest
 from mpt.training.precision.loss_scaling import build_scaler, hold_deepspeed_knobs, scale_at_floor
+from mpt.training.session import build_monitor
 from mpt.training.skip_rate import MAX_SETTLING, MIN_SEEN, REMEDY, WINDOW, SkipRate
-from mpt.training.step_watch import MAX_SKIPS_AT_STATIC_SCALE, StepWatch
-from tests.training.tiny_runs import FP16, Run, free_port
+from mpt.training.step_watch import StepWatch
+from tests.training.tiny_runs import FP16, Run, free_port, tiny_recipe
 
 MakeRun = Callable[..., Run]
 KNOBS: dict[str, Any] = {
@@ -279,18 +284,34 @@ def test_under_deepspeed_too_a_scale_may_become_static_and_dynamic_again() -> No
 # --- when to give up
 
 
-@pytest.fixture
-def watch(tmp_path: Path) -> StepWatch:
+def a_watch(tmp_path: Path, loss_scale: dict[str, Any]) -> StepWatch:
+    plan = resolve(
+        tiny_recipe(precision=FP16 | {"loss_scale": loss_scale}),
+        parse_machine("cpu"),
+        learn_model_facts(tiny_recipe()),
+        name="watched",
+    )
     journal, stop = Journal(tmp_path / "journal.jsonl", attempt=1), StopRequest(tmp_path / "stop")
     return StepWatch(
-        journal, tmp_path / "metrics.jsonl", attempt=1, rank=0, stop=stop, device=torch.device("cpu")
-    )  # fmt: skip
+        journal,
+        tmp_path / "metrics.jsonl",
+        build_monitor(plan),
+        attempt=1,
+        rank=0,
+        stop=stop,
+        device=torch.device("cpu"),
+    )
+
+
+@pytest.fixture
+def watch(tmp_path: Path) -> StepWatch:
+    return a_watch(tmp_path, {"initial": 65536})
 
 
 def watch_step(
     watch: StepWatch, number: int, *, scale: float | None, skipped: bool, at_floor: bool | None = None
 ) -> None:
-    """Tell the watch of a step as the Trainer does, up to the optimizer step."""
+    """Tell the watch of a step as the Trainer does."""
     watch.begin(number, 1e-3)
     watch.add_batch({"input_ids": torch.zeros(2, 4)})
     watch.add_loss(torch.tensor(2.0))
@@ -299,46 +320,48 @@ def watch_step(
         None if scale is None else torch.tensor(scale),
         None if at_floor is None else torch.tensor(at_floor),
     )
+    watch.conclude(applied=not skipped)
 
 
 @pytest.mark.parametrize(
-    ("scale", "at_floor", "is_static", "skipped", "is_over"),
+    ("scale", "at_floor", "knobs", "skipped", "is_over"),
     [
-        (2.0, None, False, True, False),
-        (1.0, None, False, True, False),
-        (0.5, None, False, True, True),
-        (0.5, None, False, False, False),
-        (0.5, False, False, True, False),  # a floor below 1 was asked for
-        (0.25, True, False, True, True),
-        (256.0, True, False, True, True),
-        (256.0, True, False, False, False),
-        (256.0, False, False, True, False),  # hysteresis is left
-        (0.5, None, True, True, False),
+        (2.0, None, {}, True, False),
+        (1.0, None, {}, True, True),
+        (0.5, None, {}, True, True),
+        (0.5, None, {}, False, False),
+        (0.5, False, {"min": 0.25}, True, False),  # a floor below 1 was asked for
+        (0.25, True, {"min": 0.25}, True, True),
+        (256.0, True, {"min": 256}, True, True),
+        (256.0, True, {"min": 256}, False, False),
+        (256.0, False, {"min": 256, "hysteresis": 2}, True, False),  # hysteresis is left
+        (0.5, None, {"static": 0.5}, True, False),
     ],
 )
 def test_a_run_is_over_where_overflow_can_not_lower_the_scale(
-    watch: StepWatch, scale: float, at_floor: bool | None, is_static: bool, skipped: bool, is_over: bool
+    tmp_path: Path, scale: float, at_floor: bool | None, knobs: dict[str, Any], skipped: bool, is_over: bool
 ) -> None:
-    watch_step(watch, 3, scale=scale, skipped=skipped, at_floor=at_floor)
-    assert watch.step is not None and watch.step.is_at_floor is at_floor
+    watch = a_watch(tmp_path, knobs or {"initial": 65536})
     if not is_over:
-        watch.judge_scale(is_static=is_static)
+        watch_step(watch, 3, scale=scale, skipped=skipped, at_floor=at_floor)
+        assert watch.step is not None and watch.step.is_at_floor is at_floor
         return
     with pytest.raises(Diverged) as raised:
-        watch.judge_scale(is_static=is_static)
-    assert (raised.value.step, raised.value.what, raised.value.value) == (3, "loss_scale", scale)
+        watch_step(watch, 3, scale=scale, skipped=skipped, at_floor=at_floor)
+    told = raised.value
+    assert (told.step, told.what, told.value, told.code) == (3, "loss_scale", scale, "N1")
     last = read_events(watch.journal.path)[-1]
-    assert (last["kind"], last["what"], last["value"]) == ("non_finite", "loss_scale", scale)
+    assert (last["kind"], last["what"], last["value"]) == ("health", "loss_scale", scale)
 
 
-def test_a_static_scale_is_given_up_after_many_skips_in_a_row(watch: StepWatch) -> None:
-    pattern = [True] * (MAX_SKIPS_AT_STATIC_SCALE - 1) + [False] + [True] * (MAX_SKIPS_AT_STATIC_SCALE - 1)
+def test_a_static_scale_is_given_up_after_many_skips_in_a_row(tmp_path: Path) -> None:
+    watch = a_watch(tmp_path, {"static": 64})
+    row = HealthSection().max_overflows_in_a_row
+    pattern = [True] * (row - 1) + [False] + [True] * (row - 1)
     for number, skipped in enumerate(pattern, 1):
         watch_step(watch, number, scale=64.0, skipped=skipped)
-        watch.judge_scale(is_static=True)
-    watch_step(watch, len(pattern) + 1, scale=64.0, skipped=True)
     with pytest.raises(Diverged):
-        watch.judge_scale(is_static=True)
+        watch_step(watch, len(pattern) + 1, scale=64.0, skipped=True)
 
 
 # --- the alarm

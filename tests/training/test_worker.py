@@ -192,20 +192,22 @@ def test_a_run_directory_that_was_moved_goes_on_and_loads_its_best_checkpoint(ne
     assert moved.last_word(2)["eval_loss"] == pytest.approx(losses[best])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(new_run: MakeRun) -> None:
+def test_a_loss_that_stays_not_finite_ends_the_run_before_it_reaches_the_weights(new_run: MakeRun) -> None:
     run = new_run(training={"learning_rate": 1e30, "max_grad_norm": 0.0, "save_steps": 1})
     assert run.train() == 81, run.log()
     word = run.last_word()
     assert word["kind"] == "diverged"
-    assert word["what"] in ("loss", "grad_norm", "weights")
+    assert word["what"] in ("loss", "grad_norm")
     assert not math.isfinite(float(word["value"]))
-    assert run.texts("non_finite", "step") == [word["step"]]
+    told = [event for event in run.events if event["kind"] == "health"]
+    assert [event["action"] for event in told] == ["skip", "skip", "roll_back"]
+    assert (told[-1]["step"], told[-1]["code"], word["onset"]) == (word["step"], word["code"], told[0]["step"])
     for folder in run.directory.checkpoints.glob("checkpoint-*"):
         assert all(tensor.isfinite().all() for tensor in run.weights(folder).values())
     assert not run.directory.final.exists()
 
 
-def test_weights_that_are_poisoned_already_stop_the_run_at_its_first_step(
+def test_weights_that_are_poisoned_already_are_named_before_the_first_step(
     fp32_run: Run, new_run: MakeRun, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(fp32_run.directory.final)
@@ -216,7 +218,9 @@ def test_weights_that_are_poisoned_already_stop_the_run_at_its_first_step(
     run = new_run(model=str(tmp_path / "poisoned"), tokenizer=None)
     assert run.train() == 81, run.log()
     word = run.last_word()
-    assert (word["kind"], word["step"], word["what"], word["value"]) == ("diverged", 1, "loss", "nan")
+    assert (word["kind"], word["step"], word["code"], word["what"]) == ("diverged", 0, "N4", "weights")
+    assert word["reason"] == "not finite before the first step: model.layers.1.mlp.down_proj.weight"
+    assert run.steps == {}
     assert list(run.directory.checkpoints.iterdir()) == []
 
 

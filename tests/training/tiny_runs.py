@@ -61,6 +61,8 @@ class Run:
 
     directory: RunDirectory
     recipe: Recipe
+    fault: dict[str, Any] | None = None
+    """What befalls the worker (`tests.training.faulty_worker`)."""
 
     @property
     def path(self) -> Path:
@@ -76,6 +78,8 @@ class Run:
 
     def command(self, attempt: int = 1, processes: int = 1) -> list[str]:
         worker = ["-m", "mpt.training.worker", str(self.path), str(attempt)]
+        if self.fault is not None:
+            worker = ["-m", "tests.training.faulty_worker", json.dumps(self.fault), *worker[2:]]
         if processes == 1:
             return [sys.executable, *worker]
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]

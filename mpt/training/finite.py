@@ -1,0 +1,60 @@
+"""Find what is not finite among a run's weights and optimizer states, with one look at the device and one agreement.
+
+Called before the first step, for weights that are bad already, and before each checkpoint: a NaN that is saved outlives
+the good checkpoints before it.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from mpt.training import findings
+
+if TYPE_CHECKING:
+    from mpt.training.trainer import PlanTrainer
+
+NAMED = 3  # of many bad tensors
+
+
+def bad_weights(trainer: "PlanTrainer") -> str | None:
+    """Name the weights that are not finite, frozen ones too; None where all are. Every rank takes part."""
+    held = ((name, getattr(weight, "ds_tensor", weight)) for name, weight in trainer.model.named_parameters())
+    return _agree(_not_finite(held), trainer)  # under ZeRO-3 a rank holds a share of each
+
+
+def bad_state(trainer: "PlanTrainer") -> str | None:
+    """Name the weights and optimizer states that are not finite; None where all are. Every rank takes part."""
+    states = findings.optimizer_state(trainer, islands=())
+    named = [(f"optimizer state {number}", state) for number, state in enumerate(states)]
+    held = ((name, getattr(weight, "ds_tensor", weight)) for name, weight in trainer.model.named_parameters())
+    return _agree(_not_finite((*held, *named)), trainer)
+
+
+def _not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+    listed = [(name, tensor.detach()) for name, tensor in named if tensor.is_floating_point() and tensor.numel()]
+    flags: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
+    for name, tensor in listed:
+        flags.setdefault(tensor.device, []).append((name, torch.isfinite(tensor).all()))
+    bad = []
+    for pairs in flags.values():
+        whole = torch.stack([flag for _, flag in pairs]).tolist()
+        bad += [name for (name, _), is_whole in zip(pairs, whole, strict=True) if not is_whole]
+    return bad
+
+
+def _agree(bad: list[str], trainer: "PlanTrainer") -> str | None:
+    """Let every rank know what any of them found."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        count = torch.tensor(float(len(bad)), device=trainer.args.device)
+        dist.all_reduce(count)
+        if not count.item():
+            return None
+        everyones: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, bad)
+        bad = list(dict.fromkeys(name for names in everyones for name in names))
+    if not bad:
+        return None
+    more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+    return f"{', '.join(bad[:NAMED])}{more}"

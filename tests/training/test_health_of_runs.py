@@ -1,0 +1,124 @@
+"""What a run does about bad numbers: leaves an update out before it touches a weight, and gives up for a reason."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.training.tiny_runs import FP16, Run
+
+MakeRun = Callable[..., Run]
+UP_PROJ = "model.layers.0.mlp.up_proj.weight"
+
+
+def health(run: Run) -> list[tuple[int, str, str]]:
+    return [(event["step"], event["code"], event["action"]) for event in run.events if event["kind"] == "health"]
+
+
+@pytest.fixture(scope="module")
+def once(new_run: MakeRun) -> Callable[[str], Run]:
+    """Train with one bad step, the third, in a precision."""
+    done: dict[str, Run] = {}
+
+    def of(precision: str) -> Run:
+        if precision not in done:
+            run = new_run(precision=PRECISIONS[precision])
+            run.fault = {"nan_loss_at": [3]} if precision != "fp16" else {"nan_gradient_at": [3], "of": UP_PROJ}
+            assert run.train() == 0, run.log()
+            done[precision] = run
+        return done[precision]
+
+    return of
+
+
+PRECISIONS: dict[str, Any] = {
+    "fp32": "fp32",
+    "bf16": "bf16",
+    "bf16_pure": "bf16_pure",
+    "fp8": {"mode": "fp8", "allow_emulation": True},
+    "fp16": FP16,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_bad_step_costs_one_update_and_no_more(precision: str, once: Callable[[str], Run]) -> None:
+    run = once(precision)
+    assert [step for step, row in run.steps.items() if row["skipped"]] == [3]
+    assert all(tensor.isfinite().all() for tensor in run.weights().values())
+    if precision == "fp16":  # where an overflow is loss scaling at work
+        assert [row["loss_scale"] for row in run.steps.values()] == [65536.0] * 3 + [32768.0] * 5
+        assert health(run) == []
+    else:
+        assert health(run) == [(3, "N2", "skip")]
+        assert run.steps[3]["loss"] == "nan"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_learning_rate_counts_the_updates_that_were_applied(precision: str, once: Callable[[str], Run]) -> None:
+    # 8 steps of linear decay from 3e-3: the fourth step makes the third update.
+    rates = [row["learning_rate"] for row in once(precision).steps.values()]
+    assert rates == pytest.approx([3e-3 * (8 - applied) / 8 for applied in (0, 1, 2, 2, 3, 4, 5, 6)])
+
+
+@pytest.mark.slow
+def test_a_left_out_update_changes_no_weight_and_no_moment(once: Callable[[str], Run], fp32_run: Run) -> None:
+    """The steps before are those of a run without a fault, and the next one starts from the same weights."""
+    run = once("fp32")
+    assert [run.steps[step]["loss"] for step in (1, 2)] == [fp32_run.steps[step]["loss"] for step in (1, 2)]
+    assert run.steps[4]["loss"] < fp32_run.steps[3]["loss"]  # one update fewer than there, and a batch of its own
+
+
+@pytest.mark.slow
+def test_an_infinite_loss_with_finite_gradients_is_left_out_too(new_run: MakeRun) -> None:
+    run = new_run()
+    run.fault = {"inf_loss_at": [2, 5]}
+    assert run.train() == 0, run.log()
+    assert health(run) == [(2, "N2", "skip"), (5, "N2", "skip")]
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_is_left_out(new_run: MakeRun) -> None:
+    run = new_run(precision="bf16")
+    run.fault = {"nan_gradient_at": [4], "of": UP_PROJ}
+    assert run.train() == 0, run.log()
+    assert health(run) == [(4, "N3", "skip")]
+    assert isinstance(run.steps[4]["loss"], float)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+def test_every_rank_and_engine_leaves_the_same_update_out(strategy: str, new_run: MakeRun) -> None:
+    precision = "fp32" if strategy == "ddp" else "bf16"
+    run = new_run(precision=precision, distributed={"strategy": strategy, "processes_per_node": 2})
+    run.fault = {"nan_loss_at": [3]}
+    assert run.train(processes=2) == 0, run.log()
+    assert [step for step, row in run.steps.items() if row["skipped"]] == [3]
+    assert health(run) == [(3, "N2", "skip")]
+    rates = [row["learning_rate"] for row in run.steps.values()]
+    assert rates == pytest.approx([3e-3 * (8 - applied) / 8 for applied in (0, 1, 2, 2, 3, 4, 5, 6)])
+    assert all(tensor.isfinite().all() for tensor in run.weights().values())
+
+
+@pytest.mark.slow
+def test_a_weight_that_went_bad_is_kept_out_of_every_checkpoint(new_run: MakeRun) -> None:
+    run = new_run(training={"save_steps": 2, "max_steps": 6})
+    run.fault = {"nan_weight_after": 4, "of": UP_PROJ}
+    assert run.train() == 81, run.log()
+    word = run.last_word()
+    assert (word["kind"], word["step"], word["code"]) == ("diverged", 4, "N4")
+    assert UP_PROJ in word["reason"]
+    assert sorted(path.name for path in run.directory.checkpoints.iterdir()) == ["checkpoint-2"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_known_good_after_healthy_updates(new_run: MakeRun) -> None:
+    run = new_run(health={"known_good_after": 3}, training={"save_steps": 2})
+    assert run.train() == 0, run.log()
+    assert [event["step"] for event in run.events if event["kind"] == "checkpoint_good"] == [2, 4]
+    restless = new_run(health={"known_good_after": 3}, training={"save_steps": 2})
+    restless.fault = {"nan_loss_at": [4]}
+    assert restless.train() == 0, restless.log()
+    good = [(event["name"]) for event in restless.events if event["kind"] == "checkpoint_good"]
+    assert good == ["checkpoint-2", "checkpoint-4"]
