@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mpt.running.heartbeat import Heartbeat
 from mpt.running.journal import Journal
 from mpt.training.outcome import Diverged, StopRequest
 from mpt.training.skip_rate import REMEDY, SkipRate
@@ -45,13 +46,22 @@ class StepWatch:
     """Collects a step's micro batches, agrees on them with the other ranks, and writes the metrics row (rank 0)."""
 
     def __init__(
-        self, journal: Journal, metrics: Path, *, attempt: int, rank: int, stop: StopRequest, device: torch.device
+        self,
+        journal: Journal,
+        metrics: Path,
+        *,
+        attempt: int,
+        rank: int,
+        stop: StopRequest,
+        device: torch.device,
+        heartbeat: Heartbeat,
     ) -> None:
         self.journal = journal
         self.attempt = attempt
         self.is_writer = rank == 0
         self.stop = stop
         self.device = device
+        self.heartbeat = heartbeat
         self.stop_agreed = False
         self.step: Step | None = None
         self._metrics = _open_metrics(metrics) if self.is_writer else -1
@@ -65,12 +75,14 @@ class StepWatch:
 
     def begin(self, number: int, learning_rate: float) -> None:
         """Start step `number` (from 1), before its data is fetched; `learning_rate` is the one it will use."""
+        self.heartbeat.step(number)
         self._losses, self._tokens = [], []
         self._number, self._learning_rate = number, learning_rate
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def add_batch(self, inputs: dict[str, Any]) -> None:
         """Count a micro batch's tokens, padding excluded."""
+        self.heartbeat.beat()
         mask = inputs.get("attention_mask")
         self._tokens.append(mask.sum() if mask is not None else inputs["input_ids"].numel())
 

@@ -242,6 +242,7 @@ class PlanTrainer(Trainer):
             self.watch.fail("weights", math.nan)
 
     def _phase(self, phase: str) -> None:
+        self.watch.heartbeat.phase(phase)
         if self.watch.is_writer:
             self.journal.append("phase", phase=phase)
 
@@ -258,8 +259,8 @@ class StepHooks(TrainerCallback):
         # the embedding of that token, which here is often the end of text (torch.nn.Embedding, padding_idx).
         trainer.model.config.pad_token_id = trainer.pad_token_id
         trainer.audit.after_set_up(trainer)
+        trainer._phase("training")
         if trainer.watch.is_writer:
-            trainer._phase("training")
             trainer.journal.append(
                 "training_started",
                 step=state.global_step,
@@ -276,6 +277,9 @@ class StepHooks(TrainerCallback):
             # A fused optimizer skips inside its kernel, and accelerate believes that it stepped (accelerate#4242): the
             # learning rate would go on.
             trainer.optimizer._is_overflow = True
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        self.trainer.watch.heartbeat.beat()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         self.trainer.watch.write_step()

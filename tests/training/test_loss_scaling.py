@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpt.cli.train import _report
 from mpt.reporting.live import describe, spell_loss_scale
 from mpt.reporting.summary import summarise
+from mpt.running.heartbeat import Heartbeat
 from mpt.running.journal import Journal, read_events
+from mpt.running.run_directory import RunDirectory
 from mpt.training.outcome import Diverged, StopRequest
 from mpt.training.precision.loss_scaling import build_scaler, scale_at_floor
 from mpt.training.skip_rate import MAX_SETTLING, MIN_SEEN, REMEDY, WINDOW, SkipRate
@@ -251,9 +253,16 @@ def test_a_scale_may_become_static_and_dynamic_again(tmp_path: Path) -> None:
 @pytest.fixture
 def watch(tmp_path: Path) -> StepWatch:
     journal, stop = Journal(tmp_path / "journal.jsonl", attempt=1), StopRequest(tmp_path / "stop")
+    attempt = RunDirectory(tmp_path).attempt(1)
     return StepWatch(
-        journal, tmp_path / "metrics.jsonl", attempt=1, rank=0, stop=stop, device=torch.device("cpu")
-    )  # fmt: skip
+        journal,
+        tmp_path / "metrics.jsonl",
+        attempt=1,
+        rank=0,
+        stop=stop,
+        device=torch.device("cpu"),
+        heartbeat=Heartbeat(attempt, rank=0),
+    )
 
 
 def watch_step(
