@@ -22,13 +22,14 @@ from mpt.measuring.reference import trainable_count
 from mpt.planning.plan import Plan
 from mpt.recipe.schema import CompareBoundsSection, CompareSection, RestartSection
 from mpt.running import checkpoints
+from mpt.running.attempt import View
 from mpt.running.journal import Journal, spell_non_finite
 from mpt.running.measured import Measure, ask_to_measure
 from mpt.running.metrics import read_rows
 from mpt.running.recovery import Outcome, Stop, interrupted
 from mpt.running.run_directory import RunDirectory, write_json, writing
 from mpt.running.signals import StopWish
-from mpt.running.supervisor import View, supervise
+from mpt.running.supervisor import supervise
 
 # What a measurement leaves out: it must neither cost nor publish anything, and none of it changes a step.
 SILENT = {

@@ -43,6 +43,8 @@ class Plan:
     deepspeed: Mapping[str, Any] | None = None
     deepspeed_notes: tuple[str, ...] = ()
     resume_from: str | None = None
+    repairs: tuple[Mapping[str, Any], ...] = ()
+    """What recovery changed, oldest first, as `mpt.planning.repair` writes it."""
     version: int = field(default=PLAN_VERSION)
 
     def value(self, key: str) -> Any:
@@ -63,6 +65,7 @@ class Plan:
             "deepspeed": None if self.deepspeed is None else dict(self.deepspeed),
             "deepspeed_notes": list(self.deepspeed_notes),
             "resume_from": self.resume_from,
+            "repairs": [dict(repair) for repair in self.repairs],
         }
 
     @classmethod
@@ -84,6 +87,7 @@ class Plan:
             deepspeed=data["deepspeed"],
             deepspeed_notes=tuple(data["deepspeed_notes"]),
             resume_from=data["resume_from"],
+            repairs=tuple(data.get("repairs", ())),
         )
 
 

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mpt.recipe.json_schema import recipe_schema
+from mpt.recipe.scalars import DURATION
 from mpt.recipe.suggestions import sections
 from mpt.recipe.training_keys import OWNED
 
@@ -64,6 +65,8 @@ def _type(entry: dict[str, Any], schema: dict[str, Any]) -> str:
     >>> _type({"anyOf": [{"type": "integer", "exclusiveMinimum": 0}, {"type": "null"}]}, {})
     'whole number > 0'
     """
+    if any(branch.get("pattern") == f"^{DURATION}$" for branch in entry.get("anyOf", ())):
+        return "duration"
     if "anyOf" in entry:
         return ", ".join(
             dict.fromkeys(_type(branch, schema) for branch in entry["anyOf"] if branch != {"type": "null"})

@@ -1,12 +1,18 @@
 """The scalars of a recipe: what YAML says is a number is a number, and nothing else is."""
 
+import re
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 # YAML 1.1's other words for true and false, which YAML 1.2 reads as text.
 BOOLEAN_WORDS = {"yes": True, "on": True, "no": False, "off": False}
+
+SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+# A hundred years: longer than any run, and short enough for every clock.
+LONGEST_S = 100 * 365.25 * 86400
+DURATION = r"([0-9]+(?:\.[0-9]+)?)(s|m|h|d)"
 
 
 def _whole(value: Any) -> Any:
@@ -28,7 +34,27 @@ def _flag(value: Any) -> Any:
     return BOOLEAN_WORDS.get(value.lower(), value) if isinstance(value, str) else value
 
 
+def _duration(value: Any) -> Any:
+    """Take 90s, 30m, 12h and 2d for seconds.
+
+    >>> _duration("90s"), _duration("1.5h"), _duration(30)
+    (90.0, 5400.0, 30.0)
+    """
+    if isinstance(value, str) and (written := re.fullmatch(DURATION, value)):
+        value = float(written[1]) * SECONDS[written[2]]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= LONGEST_S:
+        raise PydanticCustomError("duration", "a duration")
+    return float(value)
+
+
 Integer = Annotated[int, BeforeValidator(_whole), Field(strict=True)]
 Number = Annotated[float, BeforeValidator(_number), Field(strict=True, allow_inf_nan=False)]
 Flag = Annotated[bool, BeforeValidator(_flag), Field(strict=True)]
 Text = Annotated[str, Field(min_length=1)]
+Duration = Annotated[
+    float,
+    BeforeValidator(_duration),
+    WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0}, {"type": "string", "pattern": f"^{DURATION}$"}]}),
+]
+"""Seconds; written as a number or as 90s, 30m, 12h, 2d."""

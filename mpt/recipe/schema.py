@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from mpt.recipe.scalars import Flag, Integer, Number, Text
+from mpt.recipe.scalars import Duration, Flag, Integer, Number, Text
 from mpt.recipe.training_keys import TrainingSection
 from mpt.terms import Attention, OffloadDevice, Precision, Strategy, Task
 
@@ -346,10 +346,41 @@ class SampleSection(Section):
 
 
 class RestartSection(Section):
-    """What the supervisor does about a crash."""
+    """What the supervisor does about crashes, hangs, too little memory, and time that runs out. Durations are seconds,
+    or written as 90s, 30m, 12h, 2d; a limit of 0 is none."""
 
-    max_restarts: Annotated[Integer, Field(ge=0)] = 3
+    max_restarts: Annotated[Integer, Field(ge=0)] = 20
     """Restarts from the last complete checkpoint, in all; after them the run ends with exit code 82."""
+    max_attempts_without_progress: PositiveInt = 3
+    """Attempts in a row without a newer checkpoint; after them the run ends with exit code 82, whatever restarts are
+    left. An attempt that ended for a change of plan does not count."""
+    backoff: Duration = 5.0
+    """Pause before the second restart in a row without a newer checkpoint; it doubles each time, up to 5 minutes."""
+    halve_micro_batch: Flag = True
+    """Go on with half the micro batch, and twice the accumulation, after running out of memory. The global batch and
+    the order of the data stay. False: exit code 86 at once."""
+    step_timeout: Duration = 600.0
+    """Silence within training after which a rank is taken to hang: this, or 5 times the longest silence so far. Each
+    micro batch breaks it. The stacks of all ranks are written down, and the run restarts."""
+    first_step_timeout: Duration = 1800.0
+    """The same for the first step of an attempt, in which kernels are compiled."""
+    loading_timeout: Duration = 7200.0
+    """The same until training begins: loading libraries, preparing data, building the model."""
+    phase_timeout: Duration = 1800.0
+    """The same while saving, generating a sample, or evaluating, where each batch breaks the silence."""
+    time_limit: Duration | None = None
+    """How long this command may run, at most to the SLURM_JOB_END_TIME of a Slurm job. Left out: that, or for ever."""
+    stop_before: Duration | None = None
+    """Save and end with exit code 80 when only this much of the time is left: longer than a step and a save take. Left
+    out: the scheduler's signal is waited for."""
+
+    @model_validator(mode="after")
+    def _there_is_time(self) -> Self:
+        if self.time_limit is not None and self.stop_before is None:
+            raise ValueError("time_limit says when to end, and stop_before how long before to save; add stop_before")
+        if self.time_limit is not None and self.time_limit <= (self.stop_before or 0):
+            raise ValueError("stop_before is no shorter than time_limit, so that nothing would run; write less")
+        return self
 
 
 class HealthSection(Section):
@@ -486,7 +517,7 @@ class Recipe(Section):
     sample: Annotated[SampleSection, _short_form("sample")] | None = None
     """Text to generate at the end; a text is its `prompt`."""
     restart: RestartSection = RestartSection()
-    """What the supervisor does about a crash."""
+    """What the supervisor does about crashes, hangs, too little memory, and time that runs out."""
     health: HealthSection = HealthSection()
     """What the run's numbers may do before something is done about them."""
     compare: CompareSection | None = None

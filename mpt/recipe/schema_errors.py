@@ -22,6 +22,7 @@ TYPES = {
     "none_required": "null",
     "too_large": "a number within 64 bits",
     "finite_number": "a finite number",
+    "duration": "a duration such as 90s, 30m or 12h, or seconds",
     "string_too_short": "text, not an empty one",
     "string_pattern_mismatch": "letters, digits and . _ - with a letter or digit first",
 }
@@ -33,7 +34,7 @@ LIMITS = {
 }
 CHOICES = {"literal_error", "enum"}
 # Where a value fits one branch of a union and breaks its limit, the other branches are noise.
-SPECIFIC = {*LIMITS, "too_large", "finite_number", "string_too_short", "string_pattern_mismatch"}
+SPECIFIC = {*LIMITS, "too_large", "finite_number", "duration", "string_too_short", "string_pattern_mismatch"}
 NUMBERS = {"a whole number", "a number"}
 MANY = 12
 

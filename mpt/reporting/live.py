@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mpt.running.supervisor import View
+from mpt.running.attempt import View
 
 # Without a terminal: a line at least this often, so that a log shows life and stays short.
 PLAIN_EVERY_S = 10.0
@@ -246,6 +246,12 @@ def describe(event: Mapping[str, Any]) -> str | None:
             return f"{at}  ALARM: {event.get('what')}. {event.get('remedy')}"
         case "health":
             return f"{at}  {event.get('code')}: {event.get('reason')}"
+        case "plan_changed":
+            listed = ", ".join(f"{change['key']} {change['was']} -> {change['now']}" for change in event["changes"])
+            return f"the plan is changed: {listed}"
+        case "recovered":
+            seconds = number(event.get("seconds", "?"), ".1f")
+            return f"{at}  the first after attempt {event.get('from_attempt')} broke, {seconds} s ago"
         case "stop_requested" if "step" in event:
             return f"{at}  stop requested by {event.get('by')}"
         case _:

@@ -110,6 +110,10 @@ class Processes:
     def is_running(self) -> bool:
         return self._child.poll() is None
 
+    def pids(self) -> list[int]:
+        """Find the live processes of the attempt, whatever became of their parents."""
+        return _marked(self._mark)
+
     def end(self) -> int:
         """Kill what is left, at once; give the child's exit status, negative for a signal."""
         if self._child.poll() is None:
@@ -127,22 +131,24 @@ class Processes:
         return code
 
 
-def killed_rank(log: Path) -> tuple[int, int] | None:
-    """Find in torchrun's report at the end of a log which rank a signal ended first, and which signal.
+def failed_ranks(log: Path) -> list[tuple[int, int]]:
+    """Read torchrun's report at the end of a log: the ranks that ended badly, each with its exit status, negative for a
+    signal; the one that torchrun saw first comes first. Empty where there is no report.
 
-    None where there is no such report, or where the first to fail ended by itself or was asked to end (SIGTERM).
+    Ranks that torchrun itself asked to end (SIGTERM) are left out.
     """
     try:
         with log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - REPORT_BYTES))
             end = file.read().decode(errors="replace")
     except OSError:
-        return None  # deleted meanwhile, or its disk is gone
-    report = end.rpartition("Root Cause (first observed failure)")
-    found = re.search(r"rank +: (\d+) .*?exitcode +: -(\d+) ", report[2], re.DOTALL) if report[1] else None
-    if found is None or int(found[2]) == signal.SIGTERM:
-        return None
-    return int(found[1]), int(found[2])
+        return []  # deleted meanwhile, or its disk is gone
+    others, is_report, root = end.rpartition("Root Cause (first observed failure)")
+    if not is_report:
+        return []
+    listed = others.rpartition("Failures:")[2]
+    found = re.findall(r"rank +: (\d+) .*?exitcode +: (-?\d+) ", f"{root}\n{listed}", re.DOTALL)
+    return [(int(rank), int(code)) for rank, code in found if int(code) != -signal.SIGTERM]
 
 
 def _marked(mark: str) -> list[int]:

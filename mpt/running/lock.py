@@ -1,5 +1,6 @@
 """One supervisor a run directory: a lock that the kernel gives back when its owner dies, however it dies."""
 
+import errno
 import fcntl
 import json
 import os
@@ -12,6 +13,9 @@ from typing import Any
 
 from mpt.errors import RunLockedError, StorageError
 from mpt.running.run_directory import writing
+
+# What flock answers where there are none: NFS without its lock service, Lustre without -o flock, some FUSE.
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -46,6 +50,12 @@ def _take(path: Path) -> int:
             os.close(descriptor)
             if isinstance(error.__cause__, BlockingIOError):
                 raise _owned(path) from None
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in WITHOUT_LOCKS:
+                raise StorageError(
+                    f"the file system of {path.parent} has no locks ({error.__cause__.strerror}), and without one two "
+                    "processes could train the same run",
+                    remedy="Choose a --runs-dir on another file system, or mount this one with locks (-o flock).",
+                ) from error
             raise
 
 
@@ -61,12 +71,12 @@ def _myself() -> dict[str, Any]:
 
 
 def _owned(path: Path) -> RunLockedError:
+    remedy = "Wait for it, stop it (Ctrl-C there saves first), or give this run another --name."
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
         who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+        if owner["host"] != socket.gethostname():
+            remedy += f" If {owner['host']} is dead, its file server gives the lock back when the lease ends: minutes."
     except (OSError, ValueError, KeyError, TypeError):
         who = "another process"
-    return RunLockedError(
-        f"{path.parent} belongs to a live run: {who}",
-        remedy="Wait for it, stop it (Ctrl-C there saves first), or give this run another --name.",
-    )
+    return RunLockedError(f"{path.parent} belongs to a live run: {who}", remedy=remedy)

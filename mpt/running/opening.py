@@ -18,14 +18,16 @@ from mpt import __version__
 from mpt.errors import MptError, StorageError
 from mpt.hardware.machine_json import machine_to_json
 from mpt.planning.plan import Plan
+from mpt.planning.repair import Repair
 from mpt.running import checkpoints
 from mpt.running.journal import Journal, last_word, read_events
 from mpt.running.lineage import complete_quarantine, quarantine_later
 from mpt.running.lock import locked
+from mpt.running.repairs import repaired
 from mpt.running.run_directory import RunDirectory, write_atomically, write_json, writing
 
 # What may change between two starts of a run without changing what is trained.
-FREE = ("description", "name", "restart.max_restarts")
+FREE = ("description", "name", "restart")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
 
 
@@ -152,11 +154,12 @@ def _changes(plan: Plan, run: RunDirectory, newest: int) -> list[tuple[str, Any,
         raise StorageError(
             f"{path} can't be read ({error})", remedy="Restore it from a copy, or begin anew with --resume never."
         ) from error
+    plan = repaired(plan, [Repair.from_json(data) for data in before.repairs])  # like with like
     asked = _differences(_asked(before), _asked(plan))
     told = {(key.rpartition(".")[2], str(was), str(now)) for key, was, now in asked}
     decided = _differences(_decided(before), _decided(plan))
     return [
-        *(change for change in asked if change[0] not in FREE),
+        *(change for change in asked if change[0].partition(".")[0] not in FREE),
         *(change for change in decided if (change[0].rpartition(".")[2], str(change[1]), str(change[2])) not in told),
     ]
 

@@ -6,6 +6,9 @@ from enum import StrEnum
 from typing import Any
 
 from mpt.errors import ExitCode
+from mpt.planning.repair import Repair
+from mpt.recipe.schema import RestartSection
+from mpt.running.hang import Hang
 
 # Another try would end the same way.
 FINAL_FAILURES = (
@@ -13,9 +16,8 @@ FINAL_FAILURES = (
     ExitCode.UNSUPPORTED,
     ExitCode.STORAGE,
     ExitCode.NO_USABLE_CHECKPOINT,
-    ExitCode.OUT_OF_MEMORY,
 )
-MAX_BACKOFF_S = 60.0
+MAX_BACKOFF_S = 300.0
 DIVERGED_REMEDY = (
     "Lower training.learning_rate, lengthen training.warmup_steps, or take a precision with more range; the "
     "checkpoints before it are sound."
@@ -42,8 +44,9 @@ class Ended:
 
     `word` is its last word in the journal, None where it died without one; the return code is a hint only, because
     torchrun turns every cause into 1. `stop_signal` is what the user sent, None where nothing; `forced` says why the
-    supervisor ended the attempt, None where it ended by itself. `killed_rank` is the rank that a signal ended first,
-    with the signal: what the other ranks then say of lost connections is noise.
+    supervisor ended the attempt, None where it ended by itself. `hang` is what it was ended for where a rank fell
+    silent. `silent_rank` is a rank that ended without a last word, with its exit status: what the other ranks then say
+    of lost connections is noise. `has_progressed`: a checkpoint newer than the one it began with was committed.
     """
 
     word: dict[str, Any] | None
@@ -52,15 +55,27 @@ class Ended:
     forced: str | None = None
     has_started: bool = True
     has_checkpoint: bool = False
-    killed_rank: tuple[int, int] | None = None
+    silent_rank: tuple[int, int] | None = None
+    hang: Hang | None = None
+    has_progressed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What was tried since the supervisor began: restarts in all, and attempts in a row that came no further."""
+
+    restarts: int = 0
+    fruitless: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Try again from the newest checkpoint, after a pause."""
+    """Try again from the newest checkpoint, after a pause, under a changed plan where there is a `repair`."""
 
     reason: str
     after_s: float
+    history: History
+    repair: Repair | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +88,13 @@ class Stop:
     remedy: str = ""
 
 
-def decide(ended: Ended, restarts: int, max_restarts: int) -> Restart | Stop:
-    """Judge an ended attempt after `restarts` earlier restarts."""
+def decide(
+    ended: Ended, history: History, policy: RestartSection, *, smaller_batch: Repair | None = None
+) -> Restart | Stop:
+    """Judge an ended attempt by what was tried before it.
+
+    `smaller_batch` is the repair for too little memory, None where the micro batch is 1 already.
+    """
     word = ended.word
     if word is not None and word["kind"] == "finished":
         return Stop(Outcome.FINISHED, ExitCode.DONE, f"finished at step {word['step']}")
@@ -102,14 +122,36 @@ def decide(ended: Ended, restarts: int, max_restarts: int) -> Restart | Stop:
             loses_steps=ended.has_started,
             has_checkpoint=ended.has_checkpoint,
         )
-    if restarts >= max_restarts:
-        return Stop(
-            Outcome.FAILED,
-            ExitCode.NO_PROGRESS,
-            f"{cause}; {_times(restarts)} restarted, and restart.max_restarts is {max_restarts}",
-            "See the log. The same command goes on from the last checkpoint.",
-        )
-    return Restart(cause, 0.0 if restarts == 0 else min(MAX_BACKOFF_S, 2.0 ** (restarts - 1)))
+    if word is not None and word["exit_code"] == ExitCode.OUT_OF_MEMORY and ended.hang is None:
+        return _with_less_memory(word, ended, history, policy, smaller_batch)
+    return _again(cause, ended, history, policy)
+
+
+def _again(cause: str, ended: Ended, history: History, policy: RestartSection) -> Restart | Stop:
+    """Try the same again while that makes sense: within the budget, and unless it keeps coming no further."""
+    code = ExitCode.NO_PROGRESS if ended.hang is None else ExitCode.HUNG
+    remedy = "See the log. The same command goes on from the last checkpoint."
+    if history.restarts >= policy.max_restarts:
+        tried = f"{_times(history.restarts)} restarted, and restart.max_restarts is {policy.max_restarts}"
+        return Stop(Outcome.FAILED, code, f"{cause}; {tried}", remedy)
+    fruitless = 0 if ended.has_progressed else history.fruitless + 1
+    if fruitless >= policy.max_attempts_without_progress:
+        tried = f"{fruitless} attempts in a row" if fruitless > 1 else "an attempt"
+        return Stop(Outcome.FAILED, code, f"{cause}; {tried} saved no newer checkpoint", remedy)
+    pause = min(MAX_BACKOFF_S, policy.backoff * 2.0 ** min(fruitless - 2, 30)) if fruitless > 1 else 0.0
+    return Restart(cause, pause, History(history.restarts + 1, fruitless))
+
+
+def _with_less_memory(
+    word: dict[str, Any], ended: Ended, history: History, policy: RestartSection, smaller_batch: Repair | None
+) -> Restart | Stop:
+    """Change the plan so that it needs less; a change of plan is no attempt in vain."""
+    is_allowed = policy.halve_micro_batch and history.restarts < policy.max_restarts
+    if smaller_batch is None or not is_allowed:
+        why = "the micro batch is 1" if smaller_batch is None else "restart allows no smaller micro batch"
+        return Stop(Outcome.FAILED, ExitCode.OUT_OF_MEMORY, f"{word['problem']}; {why}", word["remedy"])
+    fruitless = 0 if ended.has_progressed else history.fruitless
+    return Restart(word["problem"], 0.0, History(history.restarts + 1, fruitless), smaller_batch)
 
 
 def interrupted(stop_signal: int, reason: str, *, loses_steps: bool, has_checkpoint: bool) -> Stop:
@@ -125,8 +167,13 @@ def interrupted(stop_signal: int, reason: str, *, loses_steps: bool, has_checkpo
 
 
 def _cause(ended: Ended) -> str:
-    if ended.killed_rank is not None:
-        return _killed(f"rank {ended.killed_rank[0]}", ended.killed_rank[1])
+    if ended.hang is not None:
+        return str(ended.hang)
+    if ended.silent_rank is not None:
+        rank, code = ended.silent_rank
+        if code < 0:
+            return _killed(f"rank {rank}", -code)
+        return f"rank {rank} died without a last word (exit status {code})"
     if ended.word is not None:
         return str(ended.word["problem"])
     if ended.return_code < 0:

@@ -46,6 +46,14 @@ class AttemptDirectory:
         """A file that, by being there, asks every rank to stop at the next step boundary."""
         return self.path / "stop"
 
+    def heartbeat(self, rank: int) -> Path:
+        """Where a rank is, written anew all the time: its silence is what a hang is known by."""
+        return self.path / f"heartbeat-{rank}"
+
+    def stacks(self, rank: int) -> Path:
+        """Where each thread of a rank stood when it was taken to hang."""
+        return self.path / f"stacks-{rank}.txt"
+
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:

@@ -40,6 +40,10 @@ def main(arguments: list[str]) -> None:
     if len(arguments) < 3 or not arguments[0].isdecimal() or arguments[1] != "--":
         sys.exit("usage: python -m mpt.running.tie PARENT -- COMMAND [ARGUMENT ...]")
     os.environ[TIED] = str(os.getpid())
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        # A scheduler may signal every process of a job: a launcher that died of it would take the workers along, who
+        # know how to stop.
+        signal.signal(number, signal.SIG_IGN)
     die_with_parent()
     if os.getppid() != int(arguments[0]):
         sys.exit("the parent died before this process was tied to it")

@@ -34,21 +34,22 @@ class Stopped(Exception):  # noqa: N818
 
 @dataclass(slots=True)
 class StopRequest:
-    """Whether somebody asked this process to stop: by SIGTERM, or by the attempt's stop file."""
+    """Whether somebody asked this process to stop: by a signal, or by the attempt's stop file."""
 
     stop_file: Path
-    signalled: bool = field(default=False)
+    signalled: str | None = field(default=None)
 
     def listen(self) -> None:
-        """Take SIGTERM as a wish to stop at the next step boundary, and leave Ctrl-C to the supervisor."""
+        """Take SIGTERM and SIGUSR1 as a wish to stop at the next step boundary, and leave Ctrl-C to the supervisor."""
         signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGUSR1, self._on_signal)  # Slurm's, where it goes to every process of the job
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def by(self) -> str | None:
         """Say who asked; None: nobody yet."""
         if self.signalled:
-            return "SIGTERM"
+            return self.signalled
         return "stop file" if self.stop_file.exists() else None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.signalled = True
+        self.signalled = signal.Signals(number).name

@@ -18,6 +18,7 @@ from transformers.utils.import_utils import enable_tf32
 from mpt.errors import MptError
 from mpt.planning.number_formats import TORCH_ADAMW
 from mpt.planning.plan import Plan
+from mpt.running.heartbeat import Heartbeat
 from mpt.running.journal import Journal
 from mpt.running.metrics import read_rows
 from mpt.running.run_directory import AttemptDirectory, RunDirectory
@@ -53,11 +54,13 @@ def train(
     journal: Journal,
     stop: StopRequest,
     rank: int,
+    heartbeat: Heartbeat,
 ) -> Finished:
     """Carry out the plan. Raises MptError, Diverged or Stopped; each rank calls this."""
     is_writer = rank == 0
 
     def phase(name: str) -> None:
+        heartbeat.phase(name)
         if is_writer:
             journal.append("phase", phase=name)
 
@@ -101,7 +104,14 @@ def train(
 
     phase("setup")
     watch = StepWatch(
-        journal, run.metrics, build_monitor(plan), attempt=number, rank=rank, stop=stop, device=arguments.device
+        journal,
+        run.metrics,
+        build_monitor(plan),
+        attempt=number,
+        rank=rank,
+        stop=stop,
+        device=arguments.device,
+        heartbeat=heartbeat,
     )
     with refused_keys():
         trainer = PlanTrainer(

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from mpt.running.heartbeat import Heartbeat
 from mpt.running.journal import Journal
 from mpt.training.health import Action, Code, HealthMonitor, Verdict
 from mpt.training.outcome import Diverged, StopRequest
@@ -54,6 +55,7 @@ class StepWatch:
         rank: int,
         stop: StopRequest,
         device: torch.device,
+        heartbeat: Heartbeat,
     ) -> None:
         self.journal = journal
         self.health = health
@@ -61,6 +63,7 @@ class StepWatch:
         self.is_writer = rank == 0
         self.stop = stop
         self.device = device
+        self.heartbeat = heartbeat
         self.stop_agreed = False
         self.step: Step | None = None
         self._metrics = _open_metrics(metrics) if self.is_writer else -1
@@ -73,12 +76,14 @@ class StepWatch:
 
     def begin(self, number: int, learning_rate: float) -> None:
         """Start step `number` (from 1), before its data is fetched; `learning_rate` is the one it will use."""
+        self.heartbeat.step(number)
         self._losses, self._tokens = [], []
         self._number, self._learning_rate = number, learning_rate
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
     def add_batch(self, inputs: dict[str, Any]) -> None:
         """Count a micro batch's tokens, padding excluded."""
+        self.heartbeat.beat()
         mask = inputs.get("attention_mask")
         self._tokens.append(mask.sum() if mask is not None else inputs["input_ids"].numel())
 

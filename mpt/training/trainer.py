@@ -289,6 +289,7 @@ class PlanTrainer(Trainer):
                 checkpoints.promote(self.journal, candidate)
 
     def _phase(self, phase: str) -> None:
+        self.watch.heartbeat.phase(phase)
         if self.watch.is_writer:
             self.journal.append("phase", phase=phase)
 
@@ -307,8 +308,8 @@ class StepHooks(TrainerCallback):
         trainer._restore_health()
         trainer._refuse(bad_weights(trainer), "not finite before the first step")
         trainer.audit.after_set_up(trainer)
+        trainer._phase("training")
         if trainer.watch.is_writer:
-            trainer._phase("training")
             trainer.journal.append(
                 "training_started",
                 step=state.global_step,
@@ -330,6 +331,9 @@ class StepHooks(TrainerCallback):
             trainer.model_wrapped.optimizer.overflow = step.skipped
         else:
             trainer.optimizer._is_overflow = step.skipped
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        self.trainer.watch.heartbeat.beat()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         trainer, step = self.trainer, self.trainer.watch.step

@@ -14,9 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from mpt.errors import ExitCode, MptError
+from mpt.running.heartbeat import Heartbeat
 from mpt.running.journal import Journal
 from mpt.running.run_directory import RunDirectory
+from mpt.running.stacks import answer_with_stacks
 from mpt.running.tie import die_with_parent
+
+# What accelerate's own list (accelerate/utils/memory.py) leaves out: errors that arrive late or from cuBLAS's handle.
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "HIP error: out of memory")
 
 
 def main(arguments: list[str]) -> int:
@@ -46,6 +51,8 @@ def _train(run: RunDirectory, number: int, rank: int, journal: Journal) -> int:
     attempt = run.attempt(number)
     stop = StopRequest(attempt.stop)
     stop.listen()
+    answer_with_stacks(attempt, rank)
+    heartbeat = Heartbeat(attempt, rank)
     if rank == 0:
         journal.append("phase", phase="imports")
     quiet_libraries()
@@ -58,7 +65,7 @@ def _train(run: RunDirectory, number: int, rank: int, journal: Journal) -> int:
     from mpt.training.session import train
 
     try:
-        done = train(plan, run, attempt, number, journal, stop, rank)
+        done = train(plan, run, attempt, number, journal, stop, rank, heartbeat)
     except Stopped as stopped:
         return _last_word(journal, rank, ExitCode.STOPPED, "stopped", step=stopped.step, checkpoint=stopped.checkpoint)
     except Diverged as diverged:
@@ -73,12 +80,10 @@ def _train(run: RunDirectory, number: int, rank: int, journal: Journal) -> int:
 
 def explain(error: BaseException) -> tuple[str, str, ExitCode]:
     """Say what an exception that is no MptError means to the person at the terminal: problem, remedy, exit code."""
-    import torch
-
     from mpt.training.saving import is_storage_error
 
     line = " ".join(str(error).split())[:400] or type(error).__name__
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if is_out_of_memory(error):
         return (
             f"out of memory: {line}",
             "Set micro_batch_size or data.sequence_length lower, or `gradient_checkpointing: true`.",
@@ -91,6 +96,16 @@ def explain(error: BaseException) -> tuple[str, str, ExitCode]:
         "A bug in mpt or below it; the traceback is in the log.",
         ExitCode.BUG,
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, in the words of any device."""
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(error):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _last_word(journal: Journal, rank: int, exit_code: ExitCode, kind: str, /, **payload: Any) -> int:

@@ -21,3 +21,11 @@ def new_run(tmp_path: Path) -> Iterator[Callable[..., SmallRun]]:
     yield make
     for run in made:
         kill_all(run)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The end state of a run that nothing befell."""
+    run = SmallRun(tmp_path_factory.mktemp("undisturbed"))
+    assert run.train().code == 0
+    return run.state

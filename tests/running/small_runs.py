@@ -23,16 +23,18 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = (sys.executable, "-m", "tests.running.small_train")
 
 
-def small_plan(*, max_steps: int = 20, max_restarts: int = 3, processes: int = 1, zero_stage: int = 0) -> Plan:
-    """Plan a tiny model on a CPU; the small worker obeys of it only where to resume."""
+def small_plan(
+    *, max_steps: int = 20, processes: int = 1, zero_stage: int = 0, micro_batch_size: int = 1, **restart: Any
+) -> Plan:
+    """Plan a tiny model on a CPU; the small worker obeys of it only where to resume. `restart` is that block."""
     recipe = Recipe.model_validate(
         {
             "model": {"config": {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}},
             "tokenizer": {"train": "byte_level_bpe", "vocab_size": 300},
             "data": {"source": "builtin:python-reference", "sequence_length": 64},
-            "micro_batch_size": 1,
+            "micro_batch_size": micro_batch_size,
             "training": {"max_steps": max_steps},
-            "restart": {"max_restarts": max_restarts},
+            "restart": {"max_restarts": 3} | restart,
             "distributed": {"processes_per_node": processes, "strategy": f"zero{zero_stage}" if zero_stage else "auto"},
         }
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mpt.cli.train import _report
 from mpt.errors import MptError
+from mpt.recipe.yaml_tree import core_value
 from mpt.reporting.live import live_view
 from mpt.running.launcher import build_command
 from mpt.running.opening import locate, opened
@@ -19,7 +20,7 @@ WORKER = (sys.executable, str(Path(__file__).with_name("small_worker.py")))
 
 def main(runs_dir: str, resume: str, *changes: str) -> int:
     accept_changes = "accept" in changes
-    plan = small_plan(**{key: int(value) for key, _, value in (c.partition("=") for c in changes) if value})
+    plan = small_plan(**{key: core_value(value) for key, _, value in (c.partition("=") for c in changes) if value})
     run = locate(Path(runs_dir), plan.name)
     with listening() as wish, opened(plan, run, resume=resume, accept_changes=accept_changes) as found:
         for note in found.notes:

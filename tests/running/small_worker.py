@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 
 from mpt.running.checkpoints import commit
+from mpt.running.heartbeat import Heartbeat, read_beat
 from mpt.running.journal import Journal
 from mpt.running.lineage import current_lineage
 from mpt.running.run_directory import RunDirectory
+from mpt.running.stacks import answer_with_stacks
 from mpt.running.tie import die_with_parent
 
 DEFAULTS = {"steps": 20, "save_steps": 5, "step_s": 0.01, "setup_s": 0.0, "faults": [], "save_s": 0.0}
@@ -31,12 +33,15 @@ class Worker:
         self.journal = Journal(run.journal, attempt, self.rank)
         self.wishes = DEFAULTS | json.loads(os.environ.get("SMALL_WORKER", "{}"))
         self.state = "begin"
+        answer_with_stacks(run.attempt(attempt), self.rank)
+        self.heartbeat = Heartbeat(run.attempt(attempt), self.rank)
 
     def train(self) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self.rank == 0:
             self.journal.append("phase", phase="imports")
-        resume_from = json.loads(self.run.attempt(self.attempt).plan.read_text())["resume_from"]
+        self.plan = json.loads(self.run.attempt(self.attempt).plan.read_text())
+        resume_from = self.plan["resume_from"]
         self.suffer(0)
         time.sleep(self.wishes["setup_s"])
         first = 1
@@ -48,6 +53,7 @@ class Worker:
         if self.rank == 0:
             self.journal.append("training_started", step=first - 1, max_steps=steps, samples=steps)
         for step in range(first, steps + 1):
+            self.heartbeat.step(step)
             self.suffer(step)
             time.sleep(self.wishes["step_s"])
             self.state = hashlib.sha256(f"{self.state} {step}".encode()).hexdigest()
@@ -76,6 +82,7 @@ class Worker:
             file.write(json.dumps(row) + "\n")
 
     def save(self, step: int) -> None:
+        self.heartbeat.phase("saving")
         staging = self.run.checkpoints / f".staging-{step}"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -85,6 +92,15 @@ class Worker:
         lineage = current_lineage(self.run)
         commit(staging, final, step=step, world_size=1, lineage=lineage, health={"finite": True})
         self.journal.append("checkpoint_saved", step=step, name=f"checkpoint-{step}")
+
+    def has_lost_peer(self) -> bool:
+        beat = read_beat(self.run.attempt(self.attempt).heartbeat(1))
+        if beat is None:
+            return False
+        try:
+            return Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        except FileNotFoundError:
+            return True
 
     def suffer(self, step: int) -> None:
         """Let happen what the test wants at this step of this attempt and rank (by default in every attempt)."""
@@ -108,6 +124,21 @@ class Worker:
         elif what.isdecimal():
             self.journal.append("failed", problem=f"a problem {what}", remedy="Mend it.", exit_code=int(what))
             sys.exit(int(what))
+        elif what == "stop_itself":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif what == "sleep":
+            time.sleep(300)
+        elif what == "lose_peer":
+            # As a rank that waits for a dead one in a collective: it notices after the other's end, and dies of it.
+            while not self.has_lost_peer():
+                time.sleep(0.01)
+            self.journal.append("failed", problem="connection reset by peer", remedy="", exit_code=1)
+            sys.exit(1)
+        elif what == "need_memory":
+            size = self.plan["values"]["micro_batch_size"]["value"]
+            if size > 2:
+                self.journal.append("failed", problem=f"out of memory: {size}", remedy="Less.", exit_code=86)
+                sys.exit(86)
         elif what == "leave_an_orphan":
             # As a data loader does: a child that outlives its killed parent, in a session of its own.
             child = subprocess.Popen(["sleep", "300"], start_new_session=True)

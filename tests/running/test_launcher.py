@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mpt.planning.plan import Plan
-from mpt.running.launcher import Command, Processes, build_command, killed_rank
+from mpt.running.launcher import Command, Processes, build_command, failed_ranks
 from mpt.running.run_directory import RunDirectory
 from tests.running.small_runs import SmallRun, is_alive, small_plan, wait_until
 
@@ -117,6 +117,9 @@ Failures:
 [1]:
   rank      : 0 (local_rank: 0)
   exitcode  : -15 (pid: 11)  (SIGTERM)
+[2]:
+  rank      : 1 (local_rank: 1)
+  exitcode  : 1 (pid: 13)
 Root Cause (first observed failure):
 [0]:
   rank      : 3 (local_rank: 3)
@@ -127,20 +130,20 @@ Root Cause (first observed failure):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        (REPORT.format(code=-9), (3, 9)),
-        (REPORT.format(code=-11), (3, 11)),
-        (REPORT.format(code=1), None),
-        (REPORT.format(code=-15), None),
-        ("no report", None),
-        ("", None),
+        (REPORT.format(code=-9), [(3, -9), (1, 1)]),
+        (REPORT.format(code=-11), [(3, -11), (1, 1)]),
+        (REPORT.format(code=17), [(3, 17), (1, 1)]),
+        (REPORT.format(code=-15), [(1, 1)]),
+        ("no report", []),
+        ("", []),
     ],
 )
-def test_torchrun_s_report_names_the_rank_that_was_killed(
-    tmp_path: Path, text: str, found: tuple[int, int] | None
+def test_torchrun_s_report_names_the_ranks_that_failed_the_first_one_first(
+    tmp_path: Path, text: str, found: list[tuple[int, int]]
 ) -> None:
     log = tmp_path / "worker.log"
     log.write_text("a line\n" * 5000 + text)
-    assert killed_rank(log) == found
+    assert failed_ranks(log) == found
 
 
 @pytest.mark.slow

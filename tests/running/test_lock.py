@@ -1,5 +1,7 @@
 """One supervisor a run directory, and never one too few."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -68,3 +70,26 @@ def test_what_a_dead_owner_left_in_the_file_is_replaced(tmp_path: Path, text: st
 def test_a_lock_that_can_not_be_written_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="can't be written"), locked(tmp_path / "missing" / "lock"):
         pass
+
+
+def test_the_lock_of_another_host_says_when_it_comes_free(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with locked(path):
+        path.write_text(json.dumps({"pid": 7, "host": "node-17", "since": "2026-01-01T00:00:00+00:00"}))
+        with pytest.raises(RunLockedError, match="process 7 on node-17") as error, locked(path):
+            pytest.fail("both hold it")
+    assert "If node-17 is dead" in error.value.remedy
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_said_to_be_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def without_locks(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with pytest.raises(StorageError, match="has no locks") as error, locked(tmp_path / "lock"):
+        pytest.fail("it was taken")
+    assert error.value.exit_code == 83
+    assert "--runs-dir" in error.value.remedy

@@ -16,7 +16,7 @@ import pytest
 
 from mpt.reporting.live import live_view
 from mpt.reporting.summary import summarise
-from mpt.running import supervisor
+from mpt.running import attempt
 from mpt.running.journal import read_events
 from mpt.running.launcher import build_command
 from mpt.running.opening import opened
@@ -71,7 +71,7 @@ def script(text: str) -> tuple[str, ...]:
 def test_a_worker_that_does_not_leave_after_its_last_word_is_ended(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "LEAVING_S", 0.3)
+    monkeypatch.setattr(attempt, "LEAVING_S", 0.3)
     assert carry_out(run, leave_s=300).outcome is Outcome.FINISHED
     ended = next(event for event in read_events(run.journal) if event["kind"] == "attempt_ended")
     assert (ended["returncode"], ended["verdict"]) == (-signal.SIGKILL, "finished")
@@ -80,17 +80,17 @@ def test_a_worker_that_does_not_leave_after_its_last_word_is_ended(
 def test_a_worker_that_does_not_stop_in_time_is_ended_and_the_reason_is_given(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "STOP_GRACE_S", 0.5)
+    monkeypatch.setattr(attempt, "STOP_GRACE_S", 0.5)
     wish = StopWish(is_immediate=False)
-    read = supervisor.LineFollower.new
+    read = attempt.LineFollower.new
 
-    def wish_at_step_seven(follower: supervisor.LineFollower) -> Iterator[dict[str, Any]]:
+    def wish_at_step_seven(follower: attempt.LineFollower) -> Iterator[dict[str, Any]]:
         for line in read(follower):
             if line.get("step") == 7 and wish.signal is None:
                 wish.on_signal(signal.SIGTERM, None)
             yield line
 
-    monkeypatch.setattr(supervisor.LineFollower, "new", wish_at_step_seven)
+    monkeypatch.setattr(attempt.LineFollower, "new", wish_at_step_seven)
     stop = carry_out(run, wish=wish, ignore_stop=True, steps=10_000, step_s=0.05)
     assert (stop.outcome, stop.exit_code) == (Outcome.STOPPED, 143)
     assert "was ended" in stop.reason

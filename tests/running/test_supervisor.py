@@ -13,14 +13,6 @@ from tests.running.small_runs import SmallRun, is_alive, wait, wait_until, worke
 NewRun = Callable[..., SmallRun]
 
 
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The end state of a run that nothing befell."""
-    run = SmallRun(tmp_path_factory.mktemp("undisturbed"))
-    assert run.train().code == 0
-    return run.state
-
-
 def test_a_run_leaves_everything_in_its_directory(new_run: NewRun) -> None:
     run = new_run()
     ended = run.train()

@@ -24,7 +24,9 @@ from mpt.planning.plan import resolve
 from mpt.recipe.schema import HealthSection
 from mpt.reporting.live import describe, spell_loss_scale
 from mpt.reporting.summary import summarise
+from mpt.running.heartbeat import Heartbeat
 from mpt.running.journal import Journal, read_events
+from mpt.running.run_directory import RunDirectory
 from mpt.training.outcome import Diverged, StopRequest
 from mpt.training.precision.loss_scaling import build_scaler, hold_deepspeed_knobs, scale_at_floor
 from mpt.training.session import build_monitor
@@ -300,6 +302,7 @@ def a_watch(tmp_path: Path, loss_scale: dict[str, Any]) -> StepWatch:
         rank=0,
         stop=stop,
         device=torch.device("cpu"),
+        heartbeat=Heartbeat(RunDirectory(tmp_path).attempt(1), rank=0),
     )
 
 

@@ -16,6 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mpt.running import checkpoints
+from mpt.running.heartbeat import read_beat
+from mpt.training.worker import explain
 from tests.training.tiny_runs import FP16, LLAMA, Run, continue_from
 
 pytestmark = pytest.mark.slow
@@ -311,3 +313,32 @@ def test_a_checkpoint_that_has_no_room_ends_the_run_as_a_storage_error(new_run: 
     assert code == 83, run.log()
     assert run.last_word()["exit_code"] == 83
     assert not list(run.directory.checkpoints.glob("checkpoint-*"))
+
+
+def test_the_heartbeat_tells_each_step_and_phase(fp32_run: Run) -> None:
+    attempt = fp32_run.directory.attempt(1)
+    beat = read_beat(attempt.heartbeat(0))
+    assert beat is not None
+    assert (beat.phase, beat.step, beat.steps_begun) == ("sampling", 8, 8)
+    assert beat.count > 8
+    assert attempt.stacks(0).read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), 86),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), 86),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"), 86),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GB)"), 86),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear"), 86),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), 86),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 86),
+        (MemoryError(), 86),
+        (RuntimeError("the size of tensor a must match"), 1),
+        (ValueError("out of memory."), 1),
+        (OSError(28, "No space left on device"), 83),
+    ],
+)
+def test_memory_that_ran_out_is_known_by_the_words_of_every_device(error: Exception, code: int) -> None:
+    assert explain(error)[2] == code

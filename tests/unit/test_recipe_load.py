@@ -428,3 +428,32 @@ def test_overrides_do_not_hide_the_files_own_problems(folder: Path) -> None:
     problems = check(folder, MINIMAL + "micro_batch_size: -1\n", "training.seed=-1")
     assert [(problem.line, problem.key) for problem in problems] == [(3, "micro_batch_size"), (None, "training.seed")]
     assert problems[1].file == "training.seed=-1"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0), ("90", 90), ("1.5", 1.5), ("90s", 90), ("30m", 1800), ("12h", 43_200), ("2d", 172_800), ("1.5h", 5400)],
+)
+def test_a_duration_is_seconds_or_a_number_with_its_unit(folder: Path, text: str, seconds: float) -> None:
+    recipe = load(folder, f"{MINIMAL}restart: {{stop_before: {text}}}\n")
+    assert recipe.restart.stop_before == seconds
+    assert Recipe.model_validate(recipe.model_dump(mode="json", exclude_unset=True)) == recipe
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "30 m", "30M", "m", "1:30", "true", "[30m]", "1e99", "''"])
+def test_what_is_no_duration_is_refused_with_examples(folder: Path, text: str) -> None:
+    problem = only(folder, f"{MINIMAL}restart: {{stop_before: {text}}}\n")
+    assert (problem.line, problem.key) == (3, "restart.stop_before")
+    assert "must be a duration such as 90s, 30m or 12h, or seconds" in problem.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("{time_limit: 12h}", "restart.time_limit"),
+        ("{time_limit: 1h, stop_before: 1h}", "restart.stop_before"),
+        ("{time_limit: 30m, stop_before: 1h}", "restart.stop_before"),
+    ],
+)
+def test_a_time_limit_that_leaves_no_time_is_refused(folder: Path, text: str, key: str) -> None:
+    assert only(folder, f"{MINIMAL}restart: {text}\n").key == key
