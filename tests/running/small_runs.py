@@ -23,7 +23,9 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = (sys.executable, "-m", "tests.running.small_train")
 
 
-def small_plan(*, max_steps: int = 20, max_restarts: int = 3, processes: int = 1, zero_stage: int = 0) -> Plan:
+def small_plan(
+    *, max_steps: int = 20, max_restarts: int = 3, processes: int = 1, zero_stage: int = 0, **keys: Any
+) -> Plan:
     """Plan a tiny model on a CPU; the small worker obeys of it only where to resume."""
     recipe = Recipe.model_validate(
         {
@@ -35,6 +37,7 @@ def small_plan(*, max_steps: int = 20, max_restarts: int = 3, processes: int = 1
             "restart": {"max_restarts": max_restarts},
             "distributed": {"processes_per_node": processes, "strategy": f"zero{zero_stage}" if zero_stage else "auto"},
         }
+        | keys
     )
     return resolve(recipe, parse_machine("cpu"), learn_model_facts(recipe), name="small")
 
