@@ -218,6 +218,13 @@ def test_what_can_not_be_compared_is_refused_and_leaves_nothing(
     assert not (folder.path / "runs").exists()
 
 
+def test_a_dry_run_refuses_the_reference_that_the_run_would_refuse(folder: Folder) -> None:
+    done = folder.train("tiny.yaml", BF16, "--compare-to", "tf32", "--dry-run")
+    assert done.returncode == 3, done.stderr
+    assert "compare.to is tf32, and the same recipe can't be trained in it here" in done.stderr
+    assert folder.train("tiny.yaml", BF16, "--compare-to", "fp32", "--dry-run").returncode == 0
+
+
 def test_ctrl_c_ends_a_comparison_at_once(folder: Folder) -> None:
     endless = ("training={max_steps: 100000}", "--compare-steps", "100000")
     process = folder.start("tiny.yaml", BF16, "--compare-to", "fp32", *endless)
