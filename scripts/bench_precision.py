@@ -228,7 +228,9 @@ def report(
     machine: Machine,
 ) -> None:
     base = [entry["seconds"] for entry in measured["fp32"]]
-    print("| precision | s a step | speed-up over fp32 | tokens per CPU-second | peak GiB | loss gap | gradient cosine |")
+    print(
+        "| precision | s a step | speed-up over fp32 | tokens per CPU-second | peak GiB | loss gap | gradient cosine |"
+    )
     print("|---|---|---|---|---|---|---|")
     for name, entries in measured.items():
         ratios = [first / entry["seconds"] for first, entry in zip(base, entries, strict=True)]
