@@ -172,6 +172,20 @@ def test_a_run_that_goes_on_is_not_compared_again(trained: Started, tmp_path: Pa
     assert result_of(folder.run) == before
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [(), AGAINST_FP32[3:], (*AGAINST_FP32[3:], *TOO_STRICT), ("--compare-to", "bf16")],
+    ids=["left out", "no bound", "another bound", "another reference"],
+)
+def test_a_finished_run_has_finished_whatever_it_is_to_be_compared_with(
+    trained: Started, asked: tuple[str, ...]
+) -> None:
+    done = trained[0].train("tiny.yaml", "--json", BF16, *asked)
+    assert done.returncode == 0, done.stderr
+    assert "has finished before" in done.stderr
+    assert len(trained[0].listed("compared", "passed")) == 2
+
+
 # --- loss scaling
 
 

@@ -93,9 +93,10 @@ RUNS: dict[str, dict[str, Any]] = {
         "data": {"source": "files"},
         "training": STEPS,
     },
-    "bf16_pure": {"precision": "bf16_pure", "training": STEPS},
+    "bf16_pure": {"precision": "bf16_pure", "data": {"source": "files"}, "training": STEPS},
     "fp8": {
         "precision": {"mode": "fp8", "allow_emulation": True, "fp8": {"keep_first": 0, "keep_last": 0}},
+        "data": {"source": "files"},
         "training": STEPS,
     },
     "adapters_with_dropout": {
@@ -103,14 +104,16 @@ RUNS: dict[str, dict[str, Any]] = {
         "tokenizer": None,
         "precision": "bf16",
         "lora": {"rank": 4, "dropout": 0.1},
+        "data": {"source": "files"},
         "training": STEPS,
     },
     "islands": {
         "precision": {"mode": "bf16", "layers": {"lm_head": "fp32", "*norm*": "fp32"}},
+        "data": {"source": "files"},
         "training": STEPS,
     },
-    "ddp": {"precision": "bf16", "training": STEPS} | two_processes("ddp"),
-    "zero2": {"precision": "bf16", "training": STEPS} | two_processes("zero2"),
+    "ddp": {"precision": "bf16", "data": {"source": "files"}, "training": STEPS} | two_processes("ddp"),
+    "zero2": {"precision": "bf16", "data": {"source": "files"}, "training": STEPS} | two_processes("zero2"),
 }
 
 

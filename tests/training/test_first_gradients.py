@@ -4,23 +4,21 @@ A rank's share, a rank's own gradient, a clipped or a scaled one has another nor
 """
 
 import json
-import os
 from dataclasses import dataclass
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 
 from mpt.hardware.specs import parse_machine
-from mpt.measuring.comparison import Comparison, side_of
-from mpt.measuring.gradients import compare_gradients
+from mpt.measuring.comparison import Comparison, Gradient, side_of
 from mpt.measuring.reference import plan_reference
 from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.modules import learn_modules
 from mpt.planning.plan import Plan, resolve
-from mpt.running.measured import Measure, ask_to_measure
+from mpt.running.measured import Measure, ask_to_measure, gradients_file
 from mpt.running.metrics import read_rows
 from mpt.running.run_directory import RunDirectory, write_atomically
-from mpt.running.signals import StopWish
 from mpt.terms import Precision
 from tests.training.forks import MPT_WORKER, carry_out, save_base
 from tests.training.test_distributed import NEEDS_FP16, has_fp16_engine
@@ -67,11 +65,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     """Measure every case that runs here, in its precision and in fp32."""
     folder = tmp_path_factory.mktemp("measured")
     base = save_base(folder / "base")
+    text = folder / "reference.txt"
+    text.write_text("\n\n".join(topics[name] for name in sorted(topics))[:60_000], encoding="utf-8")
     plans: dict[str, tuple[Plan, Plan]] = {}
     for name, case in CASES.items():
         if name != "fp16, zero2" or has_fp16_engine():
             keys = case.keys | ({"model": {"name_or_path": base, "config": None}} if "lora" in case.keys else {})
-            plans[name] = pair_of(precision=case.precision, **keys)
+            plans[name] = pair_of(str(text), precision=case.precision, **keys)
     programs = []
     for number, pair in enumerate(plans.values()):
         for role, plan in zip(("candidate", "reference"), pair, strict=True):
@@ -89,15 +89,23 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
         runs = RunDirectory(folder / f"{number}-candidate"), RunDirectory(folder / f"{number}-reference")
         words = [str(plan.value("precision")) for plan in pair]
         sides = [side_of(word, read_rows(run), None) for word, run in zip(words, runs, strict=True)]
-        gradient = compare_gradients(runs, sides, StopWish(), os.environ)
-        assert gradient is not None
+        gradient = gradient_of(*runs)
         found[name] = pair[0], Comparison(STEPS, sides[0], sides[1], gradient, {}), runs
     return found
 
 
-def pair_of(**keys: Any) -> tuple[Plan, Plan]:
+def gradient_of(*runs: RunDirectory) -> Gradient:
+    """Compare two runs' gradients here; that a child does it for `mpt train` is tested with the command."""
+    from mpt.training.compare_gradients import compare_gradients
+
+    candidate, reference = (gradients_file(run.attempt(1)) for run in runs)
+    return Gradient.from_json(compare_gradients(candidate, reference))
+
+
+def pair_of(source: str, **keys: Any) -> tuple[Plan, Plan]:
     """Plan a recipe and its reference."""
-    recipe = tiny_recipe(training=CLIPPED, compare={"to": "fp32", "steps": STEPS}, **keys)
+    data = {"source": source, "eval_fraction": 0}
+    recipe = tiny_recipe(data=data, training=CLIPPED, compare={"to": "fp32", "steps": STEPS}, **keys)
     plan = resolve(recipe, parse_machine("cpu"), learn_model_facts(recipe), name="tiny", modules=learn_modules(recipe))
     reference = plan_reference(plan, None)
     assert reference is not None
@@ -129,10 +137,7 @@ def test_each_engine_and_precision_stays_near_its_reference_and_is_not_it(name: 
 @pytest.mark.parametrize("name", ["bf16, ddp", "bf16, zero3"])
 def test_what_two_processes_put_together_is_the_gradient_of_one(name: str, measured: Measured) -> None:
     """In fp32, on the same global batch: the order of sums is all that differs."""
-    runs = measured[name][2][1], measured["bf16, one process"][2][1]
-    sides = [side_of("fp32", read_rows(run), None) for run in runs]
-    gradient = compare_gradients(runs, sides, StopWish(), os.environ)
-    assert gradient is not None and gradient.cosine is not None
-    assert gradient.cosine > 1 - 1e-9
+    gradient = gradient_of(measured[name][2][1], measured["bf16, one process"][2][1])
+    assert gradient.cosine is not None and gradient.cosine > 1 - 1e-9
     assert gradient.norms[0] == pytest.approx(gradient.norms[1], rel=1e-5)
     assert gradient.unmatched == 0
