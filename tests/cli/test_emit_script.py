@@ -144,6 +144,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Run, Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # eighteen trainings; on a busy machine they take their time
 @pytest.mark.parametrize("name", RUNS)
 def test_the_script_repeats_the_run_bit_for_bit(trained: dict[str, tuple[Run, Path]], name: str) -> None:
     run, output = trained[name]

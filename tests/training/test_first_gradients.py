@@ -24,7 +24,7 @@ from tests.training.forks import MPT_WORKER, carry_out, save_base
 from tests.training.test_distributed import NEEDS_FP16, has_fp16_engine
 from tests.training.tiny_runs import FP16, tiny_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # trainings; on a busy machine they take their time
 STEPS = 3
 # A gradient of norm 0.8 is clipped to this: what is compared must not be.
 CLIPPED = {"max_steps": STEPS, "max_grad_norm": 0.1, "save_strategy": "no"}
