@@ -55,12 +55,11 @@ def train(
 ) -> None:
     """Train a recipe, or go on with a run that was interrupted."""
     overrides = [*(overrides or []), *_compare_overrides(compare_to, compare_steps, require or [])]
-    if emit_script is not None:
-        from mpt.cli.plan import make_plan
-
-        _emit_script(make_plan(recipe, overrides, machine, name), emit_script)
-        return
     try:
+        if emit_script is not None:
+            _refuse_beside_script({"--dry-run": dry_run, "--json": as_json})
+            _emit_script(recipe, overrides, machine, name, emit_script)
+            return
         _train(recipe, overrides, dry_run, name, runs_dir, machine, resume, accept_changes, as_json)
     except MptError as error:
         if as_json:
@@ -90,17 +89,19 @@ def _train(
     as_json: bool,
 ) -> None:
     from mpt.cli.plan import make_plan
+    from mpt.hardware.packages import installed_packages
+    from mpt.measuring.reference import plan_reference
     from mpt.running.opening import locate
 
     if name is not None:
         locate(runs_dir, name)
     plan = make_plan(recipe, overrides, machine, name)
+    packages = installed_packages() if machine is None else None
     if dry_run:
+        plan_reference(plan, packages)  # what the run would refuse is refused here
         _print_dry_run(plan, as_json)
         return
 
-    from mpt.hardware.packages import installed_packages
-    from mpt.measuring.reference import plan_reference
     from mpt.planning.engines import check_trainable
     from mpt.recipe.sources import check_sources
 
@@ -110,14 +111,25 @@ def _train(
     check_trainable(plan)
     check_sources(plan.recipe.data)
     _check_packages(plan)
-    reference = plan_reference(plan, installed_packages() if machine is None else None)
+    reference = plan_reference(plan, packages)
     verdict = _carry_out(plan, reference, run, resume, accept_changes)
     _report(run, verdict, as_json)
     if verdict is not None:
         raise typer.Exit(verdict.exit_code)
 
 
-def _emit_script(plan: "Plan", path: Path) -> None:
+def _refuse_beside_script(given: dict[str, bool]) -> None:
+    """Raise MptError for an option that has no meaning where a script is written and nothing is trained."""
+    for option, is_given in given.items():
+        if is_given:
+            raise MptError(
+                f"{option} with --emit-script: a script is written, and no plan or result is printed",
+                remedy=f"Leave {option} out; `mpt plan` prints the plan, with --json as one object.",
+            )
+
+
+def _emit_script(recipe: str, overrides: list[str], machine: str | None, name: str | None, path: Path) -> None:
+    from mpt.cli.plan import make_plan
     from mpt.planning.engines import check_trainable
     from mpt.planning.script import to_script
     from mpt.running.run_directory import write_atomically
@@ -126,9 +138,13 @@ def _emit_script(plan: "Plan", path: Path) -> None:
         raise MptError(f"{path} exists, and is not overwritten", remedy="Remove it, or name another file.")
     if not path.parent.is_dir():
         raise MptError(f"there is no directory {path.parent}", remedy="Make it, or name a file elsewhere.")
+    plan = make_plan(recipe, overrides, machine, name)
     check_trainable(plan)
     write_atomically(path, to_script(plan))
     _say(f"{path} trains the same run without mpt: python {path}")
+    compare = plan.recipe.compare
+    if compare is not None:
+        _say(f"note: the script does not compare with {compare.to} before it trains, as compare.to asks")
 
 
 def _print_dry_run(plan: "Plan", as_json: bool) -> None:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from mpt.errors import ExitCode, MptError, StorageError
-from mpt.measuring.comparison import Comparison, Side, judge, remedy_for, side_of
+from mpt.measuring.comparison import Comparison, Side, judge, remedy_for, side_of, titled
 from mpt.measuring.comparison_text import write_out
 from mpt.measuring.gradients import compare_gradients, delete_gradients
 from mpt.measuring.reference import trainable_count
+from mpt.planning.layers import mixed_layers
 from mpt.planning.plan import Plan
 from mpt.recipe.schema import CompareBoundsSection, CompareSection, RestartSection
 from mpt.running import checkpoints
@@ -30,6 +31,7 @@ from mpt.running.recovery import Outcome, Stop, interrupted
 from mpt.running.run_directory import RunDirectory, write_json, writing
 from mpt.running.signals import StopWish
 from mpt.running.supervisor import supervise
+from mpt.terms import Precision
 
 # What a measurement leaves out: it must neither cost nor publish anything, and none of it changes a step.
 SILENT = {
@@ -148,7 +150,7 @@ def _pass(gate: Gate) -> Stop | None:
     write_json(gate.folder / "result.json", spell_non_finite(result))
     keys = ("steps", "max_loss_gap", "final_loss_gap", "gradient_cosine", "step_time_ratio", "passed", "breaches")
     told = {key: result[key] for key in keys}
-    _journal(gate).append("compared", candidate=sides[0].precision, reference=sides[1].precision, **told)
+    _journal(gate).append("compared", candidate=sides[0].title, reference=sides[1].title, **told)
     for line in write_out(comparison, section.require):
         gate.view.note(line)
     if not breaches:
@@ -182,6 +184,8 @@ def _begin(gate: Gate) -> None:
 def _measure(gate: Gate, role: str, plan: Plan) -> Side | Stop:
     """Carry one attempt out in a scratch directory; a Stop where a signal or a failure ended it, not its numbers."""
     precision = str(plan.value("precision"))
+    mixed = mixed_layers(plan.value("layers"), Precision(precision))
+    layers = [{"name": name, "precision": other} for name, other in mixed.items()]
     steps = min(gate.section.steps, plan.value("max_steps") or gate.section.steps)
     scratch = RunDirectory(gate.folder / role)
     with writing(scratch.checkpoints):
@@ -189,7 +193,7 @@ def _measure(gate: Gate, role: str, plan: Plan) -> Side | Stop:
         if gate.run.tokenizer.is_dir():
             shutil.copytree(gate.run.tokenizer, scratch.tokenizer)
     ask_to_measure(scratch.attempt(1), Measure(steps, keeps_gradients=True))
-    gate.view.note(f"comparing: {steps} steps in {precision}, the {role}")
+    gate.view.note(f"comparing: {steps} steps in {titled(precision, layers)}, the {role}")
     gate.wish.is_urgent = True  # nothing of it is worth saving, so that the first signal may end it at once
     try:
         view = PartView(gate.view, role, steps)
@@ -202,7 +206,8 @@ def _measure(gate: Gate, role: str, plan: Plan) -> Side | Stop:
     if stop.outcome is Outcome.FAILED:
         remedy = f"{stop.remedy} Its log is {scratch.attempt(1).log}."
         return replace(stop, reason=f"the comparison's {role}, in {precision}, failed: {stop.reason}", remedy=remedy)
-    return side_of(precision, read_rows(scratch), stop.reason if stop.outcome is Outcome.DIVERGED else None)
+    diverged = stop.reason if stop.outcome is Outcome.DIVERGED else None
+    return side_of(precision, read_rows(scratch), diverged, layers)
 
 
 def _to_measure(plan: Plan) -> Plan:

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +19,7 @@ WARM_UP = 2
 class Side:
     """One of the two attempts. `diverged` says how its numbers went bad before its last step; None: they did not.
 
+    `layers` are the modules that compute in another precision than the rest: `name` and `precision` of each.
     `loss_scales` are None without fp16. `step_time_s` is the mean after the warm-up, None where there were too few.
     """
 
@@ -28,6 +30,16 @@ class Side:
     step_time_s: float | None = None
     memory_gib: float | None = None
     diverged: str | None = None
+    layers: tuple[Mapping[str, str], ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Name the precision, and how many layers are in another one.
+
+        >>> Side("bf16", (), layers=({"name": "lm_head", "precision": "fp32"},)).title
+        'bf16 (1 layer in fp32)'
+        """
+        return titled(self.precision, self.layers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +127,22 @@ class Comparison:
         )
 
 
-def side_of(precision: str, rows: Mapping[int, Mapping[str, Any]], diverged: str | None) -> Side:
+def titled(precision: str, layers: Sequence[Mapping[str, str]]) -> str:
+    """Name a precision with the layers that are in another one; `layers` as a Side's."""
+    counts = Counter(entry["precision"] for entry in layers).most_common()
+    parts = [f"{number} in {name}" for name, number in counts]
+    if parts:
+        number, _, rest = parts[0].partition(" ")
+        parts[0] = f"{number} layer{'s' * (number != '1')} {rest}"
+    return f"{precision} ({', '.join(parts)})" if parts else precision
+
+
+def side_of(
+    precision: str,
+    rows: Mapping[int, Mapping[str, Any]],
+    diverged: str | None,
+    layers: Sequence[Mapping[str, str]] = (),
+) -> Side:
     """Sum up an attempt from its metrics, a row a step."""
     listed = [rows[step] for step in sorted(rows)]
     times = [float(row["step_time_s"]) for row in listed[WARM_UP:]]
@@ -128,6 +155,7 @@ def side_of(precision: str, rows: Mapping[int, Mapping[str, Any]], diverged: str
         step_time_s=math.fsum(times) / len(times) if times else None,
         memory_gib=max(memory, default=None),
         diverged=diverged,
+        layers=tuple(layers),
     )
 
 
@@ -158,9 +186,9 @@ def judge(comparison: Comparison, require: CompareBoundsSection | None) -> tuple
     if require is None:
         return ()
     candidate, reference = comparison.candidate, comparison.reference
-    pair = f"{candidate.precision} and {reference.precision}"
+    pair = f"{candidate.title} and {reference.title}"
     breaches = [
-        f"{side.precision} diverged while it was compared: {side.diverged}"
+        f"{side.title} diverged while it was compared: {side.diverged}"
         for side in (candidate, reference)
         if side.diverged is not None
     ]

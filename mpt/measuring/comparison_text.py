@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mpt.measuring.comparison import Comparison
+from mpt.measuring.comparison import WARM_UP, Comparison, Side
 from mpt.recipe.schema import CompareBoundsSection
 
 # More steps than these are thinned out evenly; result.json has them all.
 MAX_ROWS = 20
+MAX_NAMES = 4
 
 
 def write_out(comparison: Comparison, require: CompareBoundsSection | None) -> list[str]:
     """Write the table of losses, and below it what they, the gradients, the times and the memory come to."""
     one, other = comparison.candidate, comparison.reference
-    lines = [f"{one.precision} compared with {other.precision}, step by step:"]
+    lines = [f"{one.title} compared with {other.title}, step by step:", *_named(one)]
     lines.append(f"  {'step':>6}  {one.precision:>10}  {other.precision:>10}  {'gap':>8}")
     lines += [_row(comparison, index) for index in _shown(comparison)]
     bounds = require or CompareBoundsSection()
@@ -28,6 +29,8 @@ def write_out(comparison: Comparison, require: CompareBoundsSection | None) -> l
     if ratio is not None:
         times = f"{_seconds(one.step_time_s)} against {_seconds(other.step_time_s)}"
         lines.append(f"  step time    {ratio:.2f} of {other.precision}'s ({times})")
+    elif comparison.gaps:
+        lines.append(f"  step time    too few steps to time: the first {WARM_UP} warm up")
     if one.memory_gib is not None and other.memory_gib is not None:
         lines.append(f"  peak memory  {one.memory_gib:.2f} GiB against {other.memory_gib:.2f} GiB")
     for key, (mine, theirs) in comparison.differs.items():
@@ -36,6 +39,16 @@ def write_out(comparison: Comparison, require: CompareBoundsSection | None) -> l
         lines.append(
             "  note: the model has dropout; where a kernel draws its masks otherwise, the gap is partly chance"
         )
+    return lines
+
+
+def _named(side: Side) -> list[str]:
+    """Name the layers in another precision, a line for each of these; result.json names all of many."""
+    lines = []
+    for precision in dict.fromkeys(entry["precision"] for entry in side.layers):
+        names = [entry["name"] for entry in side.layers if entry["precision"] == precision]
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        lines.append(f"  in {precision}: {', '.join(names[:MAX_NAMES])}{more}")
     return lines
 
 

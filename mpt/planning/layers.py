@@ -111,6 +111,17 @@ def island_dtypes(layers: Mapping[str, Any] | None, precision: Precision) -> dic
     }
 
 
+def mixed_layers(layers: Mapping[str, Any] | None, precision: Precision) -> dict[str, str]:
+    """Give the modules that compute in another format than the mode's own, by name.
+
+    >>> mixed_layers({"modules": [{"name": "lm_head", "precision": "bf16", "reason": ""}]}, Precision.FP8)
+    {'lm_head': 'bf16'}
+    """
+    own = precision.value if precision in FP8_MODES else _base(precision)
+    listed = () if layers is None else layers["modules"]
+    return {entry["name"]: entry["precision"] for entry in listed if entry["precision"] != own}
+
+
 def keeps_mlp_wide(layers: Mapping[str, str], modules: Sequence[ModuleShape]) -> bool:
     """Whether every layer that ends an MLP is kept out of fp16: where T5 and Gemma leave its range.
 

@@ -26,8 +26,8 @@ from mpt.running.lock import locked
 from mpt.running.repairs import repaired
 from mpt.running.run_directory import RunDirectory, write_atomically, write_json, writing
 
-# What may change between two starts of a run without changing what is trained.
-FREE = ("description", "name", "restart")
+# What may change between two starts of a run without changing what is trained; the keys below each one too.
+FREE = ("description", "name", "restart", "compare")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
 
 
@@ -159,9 +159,18 @@ def _changes(plan: Plan, run: RunDirectory, newest: int) -> list[tuple[str, Any,
     told = {(key.rpartition(".")[2], str(was), str(now)) for key, was, now in asked}
     decided = _differences(_decided(before), _decided(plan))
     return [
-        *(change for change in asked if change[0].partition(".")[0] not in FREE),
+        *(change for change in asked if not _is_free(change[0])),
         *(change for change in decided if (change[0].rpartition(".")[2], str(change[1]), str(change[2])) not in told),
     ]
+
+
+def _is_free(key: str) -> bool:
+    """Whether a key of the recipe may change.
+
+    >>> _is_free("compare.require.max_loss_gap"), _is_free("compare"), _is_free("name"), _is_free("names")
+    (True, True, True, False)
+    """
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

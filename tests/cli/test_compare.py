@@ -172,6 +172,20 @@ def test_a_run_that_goes_on_is_not_compared_again(trained: Started, tmp_path: Pa
     assert result_of(folder.run) == before
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [(), AGAINST_FP32[3:], (*AGAINST_FP32[3:], *TOO_STRICT), ("--compare-to", "bf16")],
+    ids=["left out", "no bound", "another bound", "another reference"],
+)
+def test_a_finished_run_has_finished_whatever_it_is_to_be_compared_with(
+    trained: Started, asked: tuple[str, ...]
+) -> None:
+    done = trained[0].train("tiny.yaml", "--json", BF16, *asked)
+    assert done.returncode == 0, done.stderr
+    assert "has finished before" in done.stderr
+    assert len(trained[0].listed("compared", "passed")) == 2
+
+
 # --- loss scaling
 
 
@@ -216,6 +230,13 @@ def test_what_can_not_be_compared_is_refused_and_leaves_nothing(
     assert done.returncode == code, done.stderr
     assert says in done.stderr
     assert not (folder.path / "runs").exists()
+
+
+def test_a_dry_run_refuses_the_reference_that_the_run_would_refuse(folder: Folder) -> None:
+    done = folder.train("tiny.yaml", BF16, "--compare-to", "tf32", "--dry-run")
+    assert done.returncode == 3, done.stderr
+    assert "compare.to is tf32, and the same recipe can't be trained in it here" in done.stderr
+    assert folder.train("tiny.yaml", BF16, "--compare-to", "fp32", "--dry-run").returncode == 0
 
 
 def test_ctrl_c_ends_a_comparison_at_once(folder: Folder) -> None:

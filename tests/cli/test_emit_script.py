@@ -24,23 +24,17 @@ from mpt.planning.plan import Plan, resolve
 from mpt.planning.script import to_script
 from mpt.planning.script_parts.assembly import embed, part
 from mpt.running.run_directory import RunDirectory
+from tests.cli.real_runs import Folder
+from tests.training.forks import MPT_WORKER, carry_out, save_base
 from tests.training.tiny_runs import FP16, Run, tiny_recipe
 
 RUFF = (str(Path(sys.executable).with_name("ruff")), "check", "--isolated", "--line-length", "120")
-# The scripts run where mpt can't be imported: what they do must not come from there. Their imports are made once.
+# The scripts run where mpt can't be imported: what they do must not come from there.
 WITHOUT_MPT = """
-import os, runpy, sys
+import runpy, sys
 sys.modules["mpt"] = None
-import datasets, numpy, tokenizers, torch
-from transformers import AutoModelForCausalLM, Trainer
-for script in sys.argv[1:]:
-    child = os.fork()
-    if child == 0:
-        sys.argv = [script, script.removesuffix(".py")]
-        runpy.run_path(script, run_name="__main__")
-        sys.exit()
-    if os.waitpid(child, 0)[1]:
-        sys.exit(f"{script} failed")
+def run(script):
+    runpy.run_path(script, run_name="__main__")
 """
 ALLOWED = {
     *("torch", "transformers", "datasets", "tokenizers", "accelerate", "deepspeed", "peft", "torchao", "numpy"),
@@ -55,6 +49,10 @@ def plan_of(machine: str = "cpu", **changes: Any) -> Plan:
     recipe = tiny_recipe(**changes)
     modules = learn_modules(recipe)
     return resolve(recipe, parse_machine(machine), learn_model_facts(recipe), name="tiny", modules=modules)
+
+
+def two_processes(strategy: str) -> dict[str, Any]:
+    return {"distributed": {"strategy": strategy, "processes_per_node": 2}, "micro_batch_size": 4}
 
 
 def files_of_every_format(folder: Path) -> list[str]:
@@ -95,6 +93,27 @@ RUNS: dict[str, dict[str, Any]] = {
         "data": {"source": "files"},
         "training": STEPS,
     },
+    "bf16_pure": {"precision": "bf16_pure", "data": {"source": "files"}, "training": STEPS},
+    "fp8": {
+        "precision": {"mode": "fp8", "allow_emulation": True, "fp8": {"keep_first": 0, "keep_last": 0}},
+        "data": {"source": "files"},
+        "training": STEPS,
+    },
+    "adapters_with_dropout": {
+        "model": {"name_or_path": "base", "config": None},
+        "tokenizer": None,
+        "precision": "bf16",
+        "lora": {"rank": 4, "dropout": 0.1},
+        "data": {"source": "files"},
+        "training": STEPS,
+    },
+    "islands": {
+        "precision": {"mode": "bf16", "layers": {"lm_head": "fp32", "*norm*": "fp32"}},
+        "data": {"source": "files"},
+        "training": STEPS,
+    },
+    "ddp": {"precision": "bf16", "data": {"source": "files"}, "training": STEPS} | two_processes("ddp"),
+    "zero2": {"precision": "bf16", "data": {"source": "files"}, "training": STEPS} | two_processes("zero2"),
 }
 
 
@@ -103,33 +122,55 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Run, Pa
     """Train each recipe by mpt's worker and by its script: (the run, the script's output)."""
     folder = tmp_path_factory.mktemp("trained")
     source = files_of_every_format(tmp_path_factory.mktemp("data"))
-    done = {}
+    base = save_base(folder / "base")
+    done, workers, scripts = {}, [], []
     for name, changes in RUNS.items():
+        if "lora" in changes:
+            changes = changes | {"model": {"name_or_path": base, "config": None}}
         if "data" in changes:
             changes = changes | {"data": changes["data"] | {"source": source}}
-        run = Run(RunDirectory(folder / f"{name}_run"), tiny_recipe(**changes))
-        assert run.train() == 0, run.log()
+        run, output = Run(RunDirectory(folder / f"{name}_run"), tiny_recipe(**changes)), folder / name
+        run.prepare()
         folder.joinpath(f"{name}.py").write_text(to_script(plan_of(**changes)))
-        done[name] = (run, folder / name)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_MPT, *(f"{output}.py" for _, output in done.values())]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
-    assert ended.returncode == 0, ended.stderr[-4000:]
+        processes = changes.get("distributed", {}).get("processes_per_node", 1)
+        log = str(run.directory.attempt(1).log)
+        workers.append({"argv": ["worker", str(run.path), "1"], "processes": processes, "log": log})
+        scripts.append({"argv": [f"{output}.py", str(output)], "processes": processes, "log": f"{output}.log"})
+        done[name] = (run, output)
+    for prelude, programs in ((MPT_WORKER, workers), (WITHOUT_MPT, scripts)):
+        ended = carry_out(prelude, programs, folder)
+        assert ended.returncode == 0, ended.stderr[-6000:]
     return done
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # eighteen trainings; on a busy machine they take their time
 @pytest.mark.parametrize("name", RUNS)
 def test_the_script_repeats_the_run_bit_for_bit(trained: dict[str, tuple[Run, Path]], name: str) -> None:
     run, output = trained[name]
     rows = json.loads(output.joinpath("trainer_state.json").read_text())["log_history"]
-    logged = [(row["loss"], as_logged(row["grad_norm"]), row["learning_rate"]) for row in rows if "loss" in row]
-    # The Trainer sums a step's micro batches in fp32; mpt's row holds the same sum in fp64.
-    made = [(as_fp32(row["loss"]), row["grad_norm"], row["learning_rate"]) for row in run.steps.values()]
-    assert logged == made
+    logged = [(row["loss"], as_logged(row["grad_norm"])) for row in rows if "loss" in row]
+    # The Trainer sums a step's micro batches and ranks in fp32; mpt's row holds the same sum in fp64.
+    assert logged == [(as_fp32(row["loss"]), row["grad_norm"]) for row in run.steps.values()]
+    assert len(logged) == STEPS["max_steps"]
+    rates = [row["learning_rate"] for row in run.steps.values()]
+    if name == "zero2":
+        # DeepSpeed's engine moves the schedule on within the step, and the Trainer logs the rate of the one that comes.
+        rates = [*rates[1:], 0.0]
+    assert [row["learning_rate"] for row in rows if "loss" in row] == rates
     assert any(row["skipped"] for row in run.steps.values()) == (name == "fp16")
-    for file in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert output.joinpath("final", file).read_bytes() == run.directory.final.joinpath(file).read_bytes(), file
+    saved = files_in(run.directory.final)
+    assert ("adapter_model.safetensors" if "lora" in RUNS[name] else "model.safetensors") in saved
+    assert files_in(output / "final") == saved
+
+
+def files_in(folder: Path) -> dict[str, Any]:
+    """Read every file; peft writes a set, whose order is another in each process."""
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if "adapter_config.json" in found:
+        config = json.loads(found["adapter_config.json"])
+        found["adapter_config.json"] = config | {"target_modules": sorted(config["target_modules"])}
+    return found
 
 
 def as_fp32(value: float) -> float:
@@ -310,6 +351,52 @@ def test_the_head_says_how_to_start_it_and_what_it_leaves_out() -> None:
     head = " ".join(line.removeprefix("#").strip() for line in lines)
     for words in ("torchrun --nproc-per-node 8 ", "torch 9.8", "precision bf16: ", "NaN", "the audit", "the journal"):
         assert words in head
+    assert "the restart after a crash (`restart`)" in head
+    assert "the comparison with another precision before the run (`compare`), and its bounds" in head
+
+
+# --- the command
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    made = Folder(tmp_path / "work")
+    made.write()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--emit-script", "tiny.yaml"], "tiny.yaml exists, and is not overwritten"),
+        (["--emit-script", "no/such/folder.py"], "there is no directory no/such"),
+        (["--emit-script", "plain.py", "task=sft"], "not yet"),
+        (["--emit-script", "plain.py", "--dry-run"], "--dry-run with --emit-script"),
+        (["--emit-script", "plain.py", "--json"], "--json with --emit-script"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_script_that_can_not_be_written_is_refused_and_nothing_is(
+    folder: Folder, arguments: list[str], says: str
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
+    done = folder.train("tiny.yaml", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    if "--json" in arguments:
+        assert json.loads(done.stdout)["outcome"] == "refused"
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
+
+
+def test_a_comparison_that_a_script_leaves_out_is_told(folder: Folder) -> None:
+    asked = ("--compare-to", "fp32", "--require", "max_loss_gap=0.02")
+    done = folder.train("tiny.yaml", "--emit-script", "plain.py", *asked)
+    assert done.returncode == 0, done.stderr
+    assert "note: the script does not compare with fp32 before it trains, as compare.to asks" in done.stderr
+    assert (
+        folder.train("tiny.yaml", "--emit-script", "other.py").stderr.count("note:") == done.stderr.count("note:") - 1
+    )
 
 
 @pytest.mark.parametrize(("world_size", "code"), [(None, 1), ("1", 1), ("2", 0)])

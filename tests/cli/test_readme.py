@@ -36,8 +36,32 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_readme_has_the_commands_that_this_file_knows_how_to_run() -> None:
     assert COMMANDS[:2] == ["scripts/quickstart", "scripts/test"]
-    assert all(command.startswith("mpt ") for command in COMMANDS[2:])
+    assert all(command.startswith(("mpt ", "scripts/")) for command in COMMANDS[2:])
     assert len(COMMANDS) > 10
+
+
+def test_a_command_in_the_prose_is_one_that_is_run_here_or_a_script_that_is_there() -> None:
+    """Prose names commands; how one is called, with its options, stands in a block, where it is run."""
+    inline = re.findall(r"`((?:mpt|scripts/)[^`\n]*)`", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    run_here = {tuple(command.split()[:2]) for command in COMMANDS if command.startswith("mpt ")}
+    assert len(inline) > 10
+    for command in inline:
+        if command.startswith("scripts/"):
+            assert os.access(ROOT / command, os.X_OK), command
+        else:
+            assert tuple(command.split()[:2]) in run_here, command
+            options = set(re.findall(r"--[a-z-]+", command))
+            assert options <= set(re.findall(r"--[a-z-]+", "\n".join(COMMANDS))), command
+
+
+def test_every_option_that_the_readme_names_exists() -> None:
+    """Of mpt's commands, and of its scripts."""
+    sources = [*(ROOT / "mpt" / "cli").glob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    told = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    known = set(re.findall(r"--[a-z][a-z-]+", told)) | {
+        f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): Annotated", told, re.MULTILINE)
+    }
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
 def test_scripts_test_hands_its_arguments_to_pytest() -> None:
@@ -47,11 +71,16 @@ def test_scripts_test_hands_its_arguments_to_pytest() -> None:
 
 
 @pytest.mark.slow
-def test_every_mpt_command_of_the_readme_runs_in_the_order_given(tmp_path: Path) -> None:
+@pytest.mark.timeout(1200)  # trainings, a search and a benchmark: a busy machine needs its time
+def test_every_command_of_the_readme_runs_in_the_order_given(tmp_path: Path) -> None:
     for command in COMMANDS[2:]:
-        done = run(shlex.split(command), tmp_path)
+        done = run(shlex.split(command), ROOT if command.startswith("scripts/") else tmp_path)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         assert "Traceback" not in done.stderr
+    compared = tmp_path / "runs" / "gated" / "compare"
+    if compared.exists():  # the precision chosen here is not fp32
+        assert json.loads((compared / "result.json").read_text(encoding="utf-8"))["passed"] is True
+        assert {entry.name for entry in compared.iterdir()} == {"candidate", "reference", "result.json"}
 
 
 @pytest.mark.slow
@@ -80,8 +109,12 @@ def test_the_run_directory_is_what_the_readme_says(quickstart: tuple[Path, str])
     listed = re.search(r"runs/<name>/\n(.*?)```", README, re.DOTALL)
     assert listed is not None
     names = [line.split()[0] for line in listed[1].splitlines()]
+    assert "compare/" in names  # of a comparison, which the quickstart does not make
     for name in names:
-        if name != "checkpoints/checkpoint-50/":  # pruned by now; its successors are there
+        if name not in (
+            "checkpoints/checkpoint-50/",
+            "compare/",
+        ):  # that one is pruned by now; its successors are there
             assert (path / name).exists(), name
     for name in ("plan.json", "command.txt", "worker.log", "audit.json"):
         assert (path / "attempts/001" / name).is_file(), name

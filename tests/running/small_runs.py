@@ -24,7 +24,13 @@ PROGRAM = (sys.executable, "-m", "tests.running.small_train")
 
 
 def small_plan(
-    *, max_steps: int = 20, processes: int = 1, zero_stage: int = 0, micro_batch_size: int = 1, **restart: Any
+    *,
+    max_steps: int = 20,
+    processes: int = 1,
+    zero_stage: int = 0,
+    micro_batch_size: int = 1,
+    compare: dict[str, Any] | None = None,
+    **restart: Any,
 ) -> Plan:
     """Plan a tiny model on a CPU; the small worker obeys of it only where to resume. `restart` is that block."""
     recipe = Recipe.model_validate(
@@ -37,6 +43,7 @@ def small_plan(
             "restart": {"max_restarts": 3} | restart,
             "distributed": {"processes_per_node": processes, "strategy": f"zero{zero_stage}" if zero_stage else "auto"},
         }
+        | ({} if compare is None else {"compare": compare})
     )
     return resolve(recipe, parse_machine("cpu"), learn_model_facts(recipe), name="small")
 

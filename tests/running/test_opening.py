@@ -4,9 +4,11 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mpt.errors import MptError
 from mpt.running.journal import Journal
 from mpt.running.manifest import read_manifest
 from mpt.running.opening import locate, opened
@@ -36,6 +38,33 @@ def test_from_its_first_step_on_a_run_keeps_its_values(new_run: NewRun) -> None:
     assert refused.code == 2
     assert "training.max_steps: 20 -> 30" in refused.err
     assert "--accept-changes" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"to": "fp32"}, None),
+        ({"to": "fp32"}, {"to": "fp32", "require": {"max_loss_gap": 0.1}}),
+        ({"to": "fp32", "require": {"max_loss_gap": 0.1}}, {"to": "bf16", "steps": 3}),
+        (None, {"to": "fp32", "steps": 3, "require": {"min_gradient_cosine": 0.9}}),
+    ],
+    ids=["left out", "another bound", "another reference", "added"],
+)
+def test_a_comparison_changes_nothing_that_is_trained_and_keeps_no_run_from_going_on(
+    new_run: NewRun, before: dict[str, Any] | None, now: dict[str, Any] | None
+) -> None:
+    run = new_run()
+    assert run.train().code == 0
+    begun = small_plan(compare=before)
+    run.directory.attempt(1).plan.write_text(json.dumps(begun.to_json()))
+    with opened(small_plan(compare=now), run.directory, resume="auto", accept_changes=False) as found:
+        assert found.finished
+    with (
+        pytest.raises(MptError, match=r"training\.max_steps: 20 -> 30") as refused,
+        opened(small_plan(max_steps=30, compare=now), run.directory, resume="auto", accept_changes=False),
+    ):
+        pytest.fail("it went on")
+    assert "compare" not in refused.value.problem
 
 
 def test_the_old_run_keeps_its_name_when_the_new_one_can_not_begin(

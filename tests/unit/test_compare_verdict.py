@@ -12,10 +12,13 @@ from mpt.measuring.compare import differing, identify, is_settled
 from mpt.measuring.comparison import Comparison, Gradient, Side, judge, remedy_for, side_of, without_cosine
 from mpt.measuring.comparison_text import write_out
 from mpt.measuring.reference import plan_reference, trainable_count
+from mpt.planning.layers import mixed_layers
 from mpt.planning.model_facts import learn_model_facts
+from mpt.planning.modules import learn_modules
 from mpt.planning.plan import Plan, resolve
 from mpt.recipe.schema import CompareBoundsSection, Recipe
 from mpt.running.journal import spell_non_finite
+from mpt.terms import Precision
 
 LOWEST = ({"name": "wte.weight", "cosine": 0.9, "share": 0.5},)
 BF16 = Side("bf16", losses=(4.0, 3.06), skipped=(False, False), step_time_s=0.5, memory_gib=1.0)
@@ -125,8 +128,48 @@ def test_the_table_has_every_step_of_a_few_and_the_worst_of_many() -> None:
     assert len(shown) <= 21
 
 
+def test_where_no_step_was_timed_the_text_says_why() -> None:
+    short = replace(CLOSE, candidate=replace(BF16, step_time_s=None), reference=replace(FP32, step_time_s=None))
+    assert "  step time    too few steps to time: the first 2 warm up" in write_out(short, None)
+
+
+MIXED = (*({"name": f"layers.{n}.mlp", "precision": "fp8"} for n in range(6)), {"name": "lm_head", "precision": "fp32"})
+
+
+def test_layers_in_another_precision_are_counted_in_the_title_and_named_below_it() -> None:
+    mixed = replace(CLOSE, candidate=replace(BF16, layers=MIXED))
+    title, *names = write_out(mixed, None)[:3]
+    assert title == "bf16 (6 layers in fp8, 1 in fp32) compared with fp32, step by step:"
+    assert names[0] == "  in fp8: layers.0.mlp, layers.1.mlp, layers.2.mlp, layers.3.mlp and 2 more"
+    assert names[1] == "  in fp32: lm_head"
+    assert "the losses of bf16 (6 layers in fp8, 1 in fp32) and fp32" in judge(mixed, bounds(max_loss_gap=1e-9))[0]
+    text = json.dumps(mixed.to_json())
+    assert Comparison.from_json(json.loads(text)) == mixed
+
+
+@pytest.mark.parametrize(
+    ("precision", "own", "mixed"),
+    [
+        ("bf16", "bf16", {}),
+        ({"mode": "bf16", "layers": {"*.mlp.up_proj": "fp8", "lm_head": "fp32"}}, "bf16",
+         {"model.layers.0.mlp.up_proj": "fp8", "model.layers.1.mlp.up_proj": "fp8", "lm_head": "fp32"}),
+        ({"mode": "bf16_pure", "layers": {"model.norm": "fp32"}}, "bf16_pure", {"model.norm": "fp32"}),
+        ({"mode": "fp8", "fp8": {"keep_last": 0, "auto_filter": False}}, "fp8",
+         {"model.layers.0.self_attn.q_proj": "bf16", "lm_head": "bf16"}),
+    ],
+    ids=["none", "two formats", "bf16_pure", "fp8"],
+)  # fmt: skip
+def test_mixed_layers_are_those_that_do_not_compute_in_the_mode(
+    precision: Any, own: str, mixed: dict[str, str]
+) -> None:
+    plan = plan_of("H100", precision=precision)
+    assert plan.value("precision") == own
+    assert mixed_layers(plan.value("layers"), Precision(own)) == mixed
+
+
 # --- the plans
 
+BF16_ANYWHERE = {"mode": "bf16", "allow_emulation": True}
 TINY: dict[str, Any] = {
     "model": {"config": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
                          "num_attention_heads": 4, "max_position_embeddings": 128}},
@@ -141,7 +184,8 @@ KEPT = (
 
 def plan_of(machine: str, packages: frozenset[str] | None = None, **keys: Any) -> Plan:
     recipe = Recipe.model_validate(TINY | keys)
-    return resolve(recipe, parse_machine(machine), learn_model_facts(recipe), name="a-plan", packages=packages)
+    facts, modules = learn_model_facts(recipe), learn_modules(recipe)
+    return resolve(recipe, parse_machine(machine), facts, name="a-plan", packages=packages, modules=modules)
 
 
 def pair_of(machine: str, packages: frozenset[str] | None = None, **keys: Any) -> tuple[Plan, Plan]:
@@ -205,7 +249,7 @@ def test_a_reference_that_the_machine_can_not_compute_is_refused() -> None:
 
 
 def test_gradients_are_counted_by_what_is_trained() -> None:
-    full = plan_of("cpu", precision="bf16")
+    full = plan_of("cpu", precision=BF16_ANYWHERE)
     assert trainable_count(full) == full.facts.parameters
     adapted = plan_of("A100-80GB", model="gpt2", precision="bf16", lora={"rank": 8})
     assert 0 < trainable_count(adapted) < adapted.facts.parameters / 20
@@ -219,7 +263,7 @@ def told(plan: Plan, reference: Plan, **changes: Any) -> dict[str, Any]:
 
 
 def test_an_earlier_comparison_holds_for_the_same_values_within_the_bounds_of_today() -> None:
-    pair = pair_of("cpu", precision="bf16")
+    pair = pair_of("cpu", precision=BF16_ANYWHERE)
     identity = identify(*pair, 20)
     assert is_settled(told(*pair), identity, bounds(max_loss_gap=0.03))
     assert is_settled(told(*pair, passed=None), identity, None)
@@ -235,7 +279,7 @@ def test_an_earlier_comparison_holds_for_the_same_values_within_the_bounds_of_to
         ({"name": "another"}, True),
         ({"restart": {"max_restarts": 9}}, True),
         ({"compare": {"to": "fp32", "require": {"max_loss_gap": 0.1}}}, True),
-        ({"compare": {"to": "fp16"}, "precision": {"mode": "bf16", "allow_emulation": True}}, False),
+        ({"compare": {"to": "fp16"}}, False),
         ({"training": {"learning_rate": 1e-3}}, False),
         ({"training": {"seed": 7}}, False),
         ({"micro_batch_size": 3}, False),
@@ -243,6 +287,6 @@ def test_an_earlier_comparison_holds_for_the_same_values_within_the_bounds_of_to
     ],
 )
 def test_a_comparison_is_of_the_values_that_its_numbers_follow_from(changes: dict[str, Any], is_same: bool) -> None:
-    before, after = pair_of("cpu", precision="bf16"), pair_of("cpu", **{"precision": "bf16"} | changes)
+    before, after = pair_of("cpu", precision=BF16_ANYWHERE), pair_of("cpu", **{"precision": BF16_ANYWHERE} | changes)
     assert (identify(*before, 20) == identify(*after, 20)) is is_same
     assert identify(*before, 20) != identify(*before, 21)

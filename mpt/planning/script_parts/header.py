@@ -24,7 +24,9 @@ DECIDED = (
 MISSING = (
     "stopping before a NaN or infinite loss or gradient reaches the weights (this script would train on with it)",
     "the audit, which compares what really runs (dtypes, autocast, optimizer, loss scale) with the plan",
-    "checkpoints that appear whole or not at all; the restart after a crash; a checkpoint when a signal stops the run",
+    "checkpoints that appear whole or not at all; a checkpoint when a signal stops the run",
+    "the restart after a crash (`restart`)",
+    "the comparison with another precision before the run (`compare`), and its bounds",
     "the journal, and a row of metrics for each step (here the Trainer logs every `logging_steps`)",
     "errors that name the file and line of text that can't be read",
 )
