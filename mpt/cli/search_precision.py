@@ -55,7 +55,8 @@ def search_precision(
     print_evidence(found, Console(stderr=True, highlight=False))
     if output is not None:
         _check_output(output)
-        write_output(output, _recipe_text(path, found, ["Found by mpt search-precision.", *sentences(found)]))
+        comments = ["Found by mpt search-precision.", *sentences(found)]
+        write_output(output, _recipe_text(path, overrides or [], found, comments))
         _say(f"written: {output}")
     if as_json:
         print(json.dumps(to_json(found) | {"written": None if output is None else str(output)}, indent=2))
@@ -97,24 +98,21 @@ def _make_subject(recipe: str, overrides: list[str], machine: str | None) -> "tu
     return subject, path
 
 
-def _recipe_text(path: Path, found: "Found", comments: list[str]) -> str:
-    """Write the found recipe in the words of the file that it came from, or anew where overrides changed more of it."""
-    import yaml
-
-    from mpt.measuring.precision_block import replace_block, to_yaml
+def _recipe_text(path: Path, overrides: list[str], found: "Found", comments: list[str]) -> str:
+    """Write the found recipe in the words of the file that it came from, and say so where that can't be."""
+    from mpt.measuring.precision_block import to_yaml
+    from mpt.measuring.recipe_text import with_overrides
     from mpt.recipe.catalog import copied_text
     from mpt.recipe.schema_errors import validate
     from mpt.recipe.yaml_text import read_yaml
 
-    wanted = found.recipe.model_dump(mode="json", exclude_unset=True)
-    block = to_yaml(found.section, comments)
-    text = replace_block(copied_text(path), block)
-    value = read_yaml(text).value
-    recipe = validate(value)[0] if isinstance(value, dict) else None
-    if recipe is not None and recipe.model_dump(mode="json", exclude_unset=True) == wanted:
-        return text
-    rest = {key: value for key, value in wanted.items() if key != "precision"}
-    return yaml.safe_dump(rest, sort_keys=False, width=120, allow_unicode=True) + "\n" + block
+    text, is_kept = with_overrides(copied_text(path), to_yaml(found.section, comments), overrides)
+    if not is_kept:
+        _say(f"the comments of {path} are lost: its lines could not take {' '.join(overrides)}, and were written anew")
+    written, wanted = validate(read_yaml(text).value)[0], found.recipe
+    if written is None or written.model_dump(exclude_unset=True) != wanted.model_dump(exclude_unset=True):
+        raise RuntimeError(f"the recipe that was found could not be written in the words of {path}")
+    return text
 
 
 def _check_output(path: Path) -> None:

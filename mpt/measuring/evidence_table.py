@@ -10,19 +10,22 @@ from rich.table import Table
 
 from mpt.measuring.layer_cost import SOURCES
 from mpt.measuring.precision_policy import Choice, LayerEvidence, Measured, widest_first
-from mpt.measuring.search_precision import Found, count_formats
+from mpt.measuring.search_precision import Found, Verified, count_formats
 
 MOST_ROWS = 30
-# Signal over error of the output and of the worse gradient in dB, the loss's first-order change, the largest share of
-# input, weight or gradient that became 0: of the layer of a kind that moves the loss most.
-HEADINGS = ("", "in", "tried", "output", "gradient", "loss", "to 0")
+# The time in the format that they are in over that in the widest candidate, and where it comes from (`SOURCES`). Then
+# signal over error in dB of the output, of the worse gradient and of the worst product's low channels, the loss's
+# first-order change, the largest share of input, weight or gradient that became 0: of the layer of a kind that moves
+# the loss most.
+HEADINGS = ("", "in", "time", "tried", "output", "gradient", "channels", "loss", "to 0")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """Layers of one kind with one precision, and the worst that was measured of them in `tried`.
 
-    `tried` is what they are in, or where they were kept out of it, the next lower format.
+    `tried` is what they are in, or where they were kept out of it, the next lower format. `time` is theirs together,
+    over what it would be in the widest candidate.
     """
 
     label: str
@@ -30,6 +33,7 @@ class Row:
     precision: str
     tried: str | None
     worst: Measured | None
+    time: float
     reason: str
 
     @property
@@ -48,7 +52,10 @@ def table_rows(found: Found) -> list[Row]:
     for (kind, precision, tried), members in groups.items():
         worst = max(members, key=lambda member: member[0].loss_change(tried or ""))
         label = kind if len(members) > 1 else members[0][0].name
-        rows.append(Row(label, len(members), precision, tried, worst[0].measured.get(tried or ""), worst[1].reason))
+        widest = math.fsum(layer.costs[widest_first(found.candidates)[0]] for layer, _ in members)
+        time = math.fsum(layer.costs[precision] for layer, _ in members) / widest if widest else 1.0
+        measured = worst[0].measured.get(tried or "")
+        rows.append(Row(label, len(members), precision, tried, measured, time, worst[1].reason))
     return sorted(rows, key=lambda row: -row.loss_change)
 
 
@@ -60,7 +67,7 @@ def print_evidence(found: Found, console: Console) -> None:
     for heading in HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows[:MOST_ROWS]:
-        table.add_row(row.label, f"{row.number} x", row.precision, *_numbers(row))
+        table.add_row(row.label, f"{row.number} x", row.precision, _time(found, row), *_numbers(row))
     console.print(table)
     rest = rows[MOST_ROWS:]
     if rest:
@@ -81,15 +88,21 @@ def sentences(found: Found) -> list[str]:
     lines = [
         f"{count_formats(policy)}; measured on {found.batches} batches, {found.tokens} tokens",
         f"loss: predicted to move by {policy.predicted:.2g}"
-        + (f", moved by {verified.loss_change:+.2g} when verified" if verified else ", nothing was lowered")
+        + (
+            f", moved by {verified.loss_change:.2g} when verified (root mean square)"
+            if verified
+            else ", nothing was lowered"
+        )
         + f"; {tolerated}",
     ]
     if found.failed:
-        moved = ", ".join(f"{one.loss_change:+.2g}" for one in found.failed)
+        moved = ", ".join(f"{one.loss_change:.2g}" for one in found.failed)
         lines.append(f"layers were raised after policies that moved it further: {moved}")
     if verified is not None:
+        lines.append(f"mean change when verified: {verified.mean_change:+.2g}")
+        compared = "all weights" if found.recipe.lora is None else "the input embedding, through every layer"
         lines.append(
-            f"gradient of all weights: cosine {verified.gradient_cosine:.6f} to the fp32 one, "
+            f"gradient of {compared}: cosine {verified.gradient_cosine:.6f} to the fp32 one, "
             f"{verified.gradient_sqnr_db:.1f} dB"
         )
     lines.append(f"time of the linear layers: {policy.saved:.0%} less than all in {widest_first(found.candidates)[0]}")
@@ -126,14 +139,20 @@ def _tried(found: Found, layer: LayerEvidence, choice: Choice) -> str | None:
     return next((kind for kind in (*below[:1], choice.precision) if kind in layer.measured), None)
 
 
+def _time(found: Found, row: Row) -> str:
+    source = found.cost_sources.get(row.precision)
+    return "" if source is None else f"{row.time:.0%} {source}"
+
+
 def _numbers(row: Row) -> Sequence[str]:
     if row.worst is None:
-        return (row.tried or "", "", "", "", "")
+        return (row.tried or "", *[""] * 5)
     zeros = max(row.worst.underflow.values(), default=None)
     return (
         row.tried or "",
         f"{row.worst.output_db:.1f} dB",
         f"{row.worst.gradient_db:.1f} dB",
+        f"{row.worst.lowest_channel_db:.1f} dB",
         f"{row.worst.loss_change:.0e}",
         "" if zeros is None else f"{zeros:.1%}",
     )
@@ -142,9 +161,9 @@ def _numbers(row: Row) -> Sequence[str]:
 def _layer(layer: LayerEvidence, choice: Choice) -> dict[str, Any]:
     formats = {
         kind: {
-            "output_db": _plain(measured.output_db),
-            "input_gradient_db": _plain(measured.input_gradient_db),
-            "weight_gradient_db": _plain(measured.weight_gradient_db),
+            "energy_db": {product: _plain(db) for product, db in measured.energy_db.items()},
+            "channel_db": {product: _plain(db) for product, db in measured.channel_db.items()},
+            "flaw": measured.flaw(),
             "loss_change": _plain(measured.loss_change),
             "underflow": dict(measured.underflow),
         }
@@ -159,8 +178,8 @@ def _layer(layer: LayerEvidence, choice: Choice) -> dict[str, Any]:
     }
 
 
-def _verified(verified: Any) -> dict[str, Any]:
-    keys = ("loss_change", "largest_batch_change", "gradient_cosine", "gradient_sqnr_db")
+def _verified(verified: Verified) -> dict[str, Any]:
+    keys = ("loss_change", "mean_change", "gradient_cosine", "gradient_sqnr_db")
     return {key: _plain(getattr(verified, key)) for key in keys}
 
 

@@ -6,6 +6,7 @@ from mpt.measuring.precision_policy import widest_first
 
 BITS = {"fp32": 32, "bf16": 16, "fp8": 8}
 MATMULS_A_STEP = 3  # the output, the input gradient, the weight gradient
+MATMULS_FROZEN = 2  # the weight gradient of frozen weights is never computed
 SOURCES = {
     "measured": "timed on this device, forward and backward, in turns, the median",
     "table": "by the ratio of the peaks in the hardware table",
@@ -13,13 +14,15 @@ SOURCES = {
 }
 
 
-def layer_flops(rows: int, inputs: int, outputs: int) -> float:
+def layer_flops(rows: int, inputs: int, outputs: int, *, is_frozen: bool = False) -> float:
     """Count the floating-point operations of a layer in a training step: 2 x rows x inputs x outputs for each matmul.
+
+    `is_frozen`: its weights are not trained, as under adapters.
 
     >>> layer_flops(4096, 4096, 4096) / 1e9
     412.316860416
     """
-    return 2.0 * MATMULS_A_STEP * rows * inputs * outputs
+    return 2.0 * (MATMULS_FROZEN if is_frozen else MATMULS_A_STEP) * rows * inputs * outputs
 
 
 def reckon_costs(

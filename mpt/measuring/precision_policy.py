@@ -9,43 +9,90 @@ different layers are independent to first order; their plain sum would be right 
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 WIDEST_FIRST = ("fp32", "bf16", "fp8")
-# A gradient's error has at most 1 % of its energy, so its cosine to the exact one is at least 0.995. Well-scaled
-# tensors reach 25 dB in e5m2, 31 in e4m3 and 50 in bf16 (measured on a trained two-layer Llama, torchao 0.18).
-GRADIENT_FLOOR_DB = 20.0
+# Where the floors stand, and what they stand between. Measured with torchao 0.18, tensorwise, on a three-layer Llama
+# trained on text, and on the same model with one channel of 3e4 going into one projection whose weights ignore it:
+#
+#                                 healthy layers        that projection
+#   energy of any product         25 dB and more        output 20 dB, its gradients as healthy as any
+#   lower decile of the channels  20 dB and more        output 12 dB, weight gradient 6 dB
+#   flushed to 0                  0.1 % and less        26 to 54 % of the inputs
+#
+# bf16 has 50 dB, 43 in the lower decile, and flushes nothing.
+ENERGY_FLOOR_DB = 20.0  # the error has 1 % of the energy: the cosine to the exact tensor is 0.995
+# The total is that of the largest channels. A projection learns one column of its weights from each input channel, so
+# most channels must come through, and 3 % of a channel's energy may be error (cosine 0.985).
+CHANNEL_FLOOR_DB = 15.0
+CHANNEL_QUANTILE = 0.1
+# A scale for the whole tensor keeps 2**18 between the largest number and the smallest (e4m3): where more than a
+# twentieth of what is not 0 lies below, one channel or row has taken the range, and the rest learns nothing of it.
+UNDERFLOW_CEILING = 0.05
+
+PRODUCTS = {"output": "output", "input_gradient": "input gradient", "weight_gradient": "weight gradient"}
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """What one layer did in one format. Ratios in dB, of energies: signal over error; -inf: not finite.
 
-    `loss_changes` has the first-order change of the loss for each batch. `underflow`: which share of the non-zero
-    elements of input, weight and gradient became 0; empty where the format has fp32's range.
+    `energy_db` by product (`PRODUCTS`) over the whole tensor; `channel_db` the lower decile (`CHANNEL_QUANTILE`) of the
+    tensor's columns. There is no weight gradient where the weights are frozen. `loss_changes` has the first-order
+    change of the loss for each batch. `underflow`: which share of the non-zero elements of input, weight and gradient
+    became 0; empty where the format has fp32's range.
     """
 
-    output_db: float
-    input_gradient_db: float
-    weight_gradient_db: float
+    energy_db: Mapping[str, float]
+    channel_db: Mapping[str, float]
     loss_changes: tuple[float, ...]
     underflow: Mapping[str, float]
 
     @property
+    def output_db(self) -> float:
+        return self.energy_db["output"]
+
+    @property
     def gradient_db(self) -> float:
-        """The worse of the two gradients."""
-        return min(self.input_gradient_db, self.weight_gradient_db)
+        """The worse of the gradients."""
+        return min((db for product, db in self.energy_db.items() if product != "output"), default=math.inf)
+
+    @property
+    def lowest_channel_db(self) -> float:
+        """The product whose channels fare worst."""
+        return min(self.channel_db.values(), default=math.inf)
 
     @property
     def loss_change(self) -> float:
-        """Root mean square over the batches; inf where one is not finite.
+        """The size of the change: see `change_size`."""
+        return change_size(self.loss_changes)
 
-        >>> Measured(0, 0, 0, (0.3, -0.4, 0.0, 0.0), {}).loss_change
-        0.25
-        """
-        if not self.loss_changes or not all(map(math.isfinite, self.loss_changes)):
-            return math.inf
-        return math.sqrt(math.fsum(change**2 for change in self.loss_changes) / len(self.loss_changes))
+    def flaw(self) -> str | None:
+        """Say which floor the layer falls below, whatever it does to the loss; None: none."""
+        if math.isinf(self.loss_change) or -math.inf in self.energy_db.values():
+            return "its result is not finite"
+        for product, db in self.energy_db.items():
+            if db < ENERGY_FLOOR_DB:
+                return f"{PRODUCTS[product]} at {db:.1f} dB, under the floor of {ENERGY_FLOOR_DB:g}"
+        for operand, share in self.underflow.items():
+            if share > UNDERFLOW_CEILING:
+                return f"{share:.0%} of the {operand} becomes 0, and {UNDERFLOW_CEILING:.0%} may"
+        for product, db in self.channel_db.items():
+            if db < CHANNEL_FLOOR_DB:
+                floor = f"under the floor of {CHANNEL_FLOOR_DB:g}"
+                return f"a tenth of the channels of the {PRODUCTS[product]} at {db:.1f} dB or less, {floor}"
+        return None
+
+
+def change_size(changes: Sequence[float]) -> float:
+    """Root mean square of the loss's changes over the batches; inf where one is not finite, or there are none.
+
+    >>> change_size([0.3, -0.4, 0.0, 0.0])
+    0.25
+    """
+    if not changes or not all(map(math.isfinite, changes)):
+        return math.inf
+    return math.sqrt(math.fsum(change**2 for change in changes) / len(changes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +119,7 @@ class LayerEvidence:
         measured = self.measured.get(precision)
         if measured is None:
             return None if precision == "fp32" else "it did not run on the calibration data"
-        if math.isinf(measured.loss_change) or measured.gradient_db == -math.inf:
-            return "its result is not finite"
-        if measured.gradient_db < GRADIENT_FLOOR_DB:
-            return f"gradients at {measured.gradient_db:.1f} dB, under the floor of {GRADIENT_FLOOR_DB:g}"
-        return None
+        return measured.flaw()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,16 +189,43 @@ def choose_policy(evidence: Evidence, tolerance: float, candidates: Sequence[str
     return _policy(evidence, choices, budget, order)
 
 
+def with_changes(evidence: Evidence, policy: Policy, changes: Mapping[str, Sequence[float]]) -> Evidence:
+    """Put changes of the loss that were seen in the place of predicted ones: by layer, in the policy's format."""
+    layers = []
+    for layer in evidence.layers:
+        precision = policy.choices[layer.name].precision
+        seen = changes.get(layer.name)
+        if seen is not None and precision in layer.measured:
+            measured = replace(layer.measured[precision], loss_changes=tuple(seen))
+            layer = replace(layer, measured={**layer.measured, precision: measured})
+        layers.append(layer)
+    return Evidence(evidence.reference_loss, tuple(layers))
+
+
+def raised_alone(evidence: Evidence, policy: Policy, candidates: Sequence[str]) -> dict[str, Policy]:
+    """Give by layer the policy with this one layer in its next wider format; layers in the widest are left out."""
+    order = widest_first(candidates)
+    found = {}
+    for layer in evidence.layers:
+        choice = policy.choices[layer.name]
+        higher = _next_above(layer, choice.precision, order)
+        if higher is not None:
+            choices = {**policy.choices, layer.name: Choice(higher, choice.reason)}
+            found[layer.name] = _policy(evidence, choices, policy.budget, order)
+    return found
+
+
 def raise_worst(evidence: Evidence, policy: Policy, factor: float, candidates: Sequence[str]) -> Policy | None:
     """Raise the layers that move the loss most, one format each time, until the prediction is `factor` of what it was.
 
     At least one is raised; None where none can be, because every layer is in the widest candidate.
     """
+    predicted = predicted_change(evidence, policy.choices)
     order = widest_first(candidates)
     layers = {layer.name: layer for layer in evidence.layers}
     choices = dict(policy.choices)
     raised = None
-    while raised is None or raised.predicted > policy.predicted * factor:
+    while raised is None or raised.predicted > predicted * factor:
         above = {
             name: higher
             for name, choice in choices.items()
@@ -165,8 +235,9 @@ def raise_worst(evidence: Evidence, policy: Policy, factor: float, candidates: S
             return raised
         worst = max(above, key=lambda name: layers[name].loss_change(choices[name].precision))
         was = choices[worst].precision
+        change = layers[worst].loss_change(was)
         choices[worst] = Choice(
-            above[worst], f"{was}: the loss moved more than predicted, and this layer moves it most"
+            above[worst], f"{was}: the loss moved too far when verified, by {change:.2g} of this layer"
         )
         raised = _policy(evidence, choices, policy.budget, order)
     return raised
@@ -181,6 +252,11 @@ def all_widest(evidence: Evidence, policy: Policy, candidates: Sequence[str]) ->
         for name, choice in policy.choices.items()
     }
     return _policy(evidence, choices, policy.budget, order)
+
+
+def predicted_change(evidence: Evidence, choices: Mapping[str, Choice]) -> float:
+    """Predict the change of the loss: the layers' own, added as squares."""
+    return math.sqrt(math.fsum(one.loss_change(choices[one.name].precision) ** 2 for one in evidence.layers))
 
 
 def widest_first(candidates: Sequence[str]) -> tuple[str, ...]:
@@ -226,7 +302,7 @@ def _reason(layer: LayerEvidence, precision: str, order: Sequence[str], refused:
 
 
 def _policy(evidence: Evidence, choices: Mapping[str, Choice], budget: float, order: Sequence[str]) -> Policy:
-    predicted = math.sqrt(math.fsum(one.loss_change(choices[one.name].precision) ** 2 for one in evidence.layers))
+    predicted = predicted_change(evidence, choices)
     widest = math.fsum(layer.costs[order[0]] for layer in evidence.layers)
     chosen = math.fsum(layer.costs[choices[layer.name].precision] for layer in evidence.layers)
     return Policy(dict(choices), predicted, budget, 1 - chosen / widest if widest else 0.0)

@@ -16,15 +16,20 @@ from mpt.hardware.machine import Machine
 from mpt.measuring.layer_cost import layer_flops, reckon_costs
 from mpt.measuring.precision_block import BASE, to_section, with_section
 from mpt.measuring.precision_policy import (
+    CHANNEL_QUANTILE,
     WIDEST_FIRST,
     Evidence,
     LayerEvidence,
     Measured,
     Policy,
     all_widest,
+    change_size,
     choose_policy,
+    predicted_change,
     raise_worst,
+    raised_alone,
     widest_first,
+    with_changes,
 )
 from mpt.measuring.sensitivity_child import Child
 from mpt.planning.float8 import TORCHAO_INSTALL, TORCHAO_RECIPES, choose_float8_layers
@@ -63,6 +68,11 @@ class Subject:
         return [module for module in self.modules if module.kind in MATMULS]
 
     @property
+    def is_frozen(self) -> bool:
+        """Whether only adapters are trained: then the layers' own weight gradients are never computed."""
+        return self.recipe.lora is not None
+
+    @property
     def float8(self) -> Float8Section:
         return self.recipe.precision.fp8 or Float8Section()
 
@@ -85,12 +95,21 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What a policy really did, installed in the model: one round of verification. `loss_change` is signed."""
+    """What a policy really did, installed in the model: one round of verification. `loss_changes` is by batch."""
 
-    loss_change: float
-    largest_batch_change: float
+    loss_changes: tuple[float, ...]
     gradient_cosine: float
     gradient_sqnr_db: float
+
+    @property
+    def loss_change(self) -> float:
+        """The size of the change, the quantity that is predicted; inf where a loss is not finite."""
+        return change_size(self.loss_changes)
+
+    @property
+    def mean_change(self) -> float:
+        """The signed mean, for the reader: whether the loss rose. Chance makes it small, so nothing is judged by it."""
+        return math.fsum(self.loss_changes) / len(self.loss_changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +219,7 @@ def search(
     barred = barred_layers(subject, candidates)
     reference = _reference_recipe(subject.recipe)
     plan = subject.plan_here(reference)
-    _check_memory(plan)
+    _check_memory(plan, is_frozen=subject.is_frozen)
     with (
         tempfile.TemporaryDirectory(prefix="mpt-search-") as folder,
         Child(plan, Path(folder), say, environ) as child,
@@ -210,14 +229,20 @@ def search(
         policy = choose_policy(evidence, tolerance, candidates)
         _check_within(policy, candidates)
 
+        def installed(policy: Policy) -> Plan:
+            plan = subject.plan_here(with_section(reference, _section_here(subject, policy)))
+            _check_planned(plan, policy)
+            return plan
+
         def verify(policy: Policy) -> Verified:
             say(f"verifying: {count_formats(policy)}")
-            section = _section_here(subject, policy)
-            installed = subject.plan_here(with_section(reference, section))
-            _check_planned(installed, policy)
-            return Verified(**child.ask(ask="verify", plan=installed.to_json()))
+            answer = child.ask(ask="verify", plan=installed(policy).to_json())
+            return Verified(tuple(answer.pop("loss_changes")), **answer)
 
-        policy, verified, failed = settle(evidence, policy, candidates, verify)
+        def try_out(policy: Policy) -> tuple[float, ...]:
+            return tuple(child.ask(ask="try", plan=installed(policy).to_json())["loss_changes"])
+
+        policy, verified, failed = settle(evidence, policy, candidates, verify, try_out, say)
     section = to_section(policy.assignment, subject.modules, subject.recipe.precision)
     recipe = with_section(subject.recipe, section)
     _check_planned(subject.plan(recipe), policy)
@@ -237,12 +262,19 @@ def search(
 
 
 def settle(
-    evidence: Evidence, policy: Policy, candidates: Sequence[str], verify: Callable[[Policy], Verified]
+    evidence: Evidence,
+    policy: Policy,
+    candidates: Sequence[str],
+    verify: Callable[[Policy], Verified],
+    try_out: Callable[[Policy], tuple[float, ...]],
+    say: Callable[[str], None],
 ) -> tuple[Policy, Verified | None, tuple[Verified, ...]]:
-    """Verify, and raise the worst layers until the loss stays where it may be.
+    """Verify, and raise the worst layers until the loss stays where it may be. What is judged is what was predicted:
+    the change's root mean square over the batches.
 
-    Where the truth is k times the prediction, the next policy's prediction may be 1/k of the budget. After `RAISES`
-    failures every layer is in the widest candidate. All in fp32 is the reference itself: there is nothing to verify.
+    A policy that fails has refuted the predictions, so none of them tells which layer is to blame: `try_out` gives
+    the loss's changes with each layer raised alone, and what a layer takes back is its own. After `RAISES` failures
+    every layer is in the widest candidate. All in fp32 is the reference itself: there is nothing to verify.
 
     Gives the policy, its verification, and the failed ones before it. Raises MptError where even the widest candidate
     moves the loss too far.
@@ -250,17 +282,27 @@ def settle(
     failed: list[Verified] = []
     while set(policy.assignment.values()) != {"fp32"}:
         verified = verify(policy)
-        gap = abs(verified.loss_change)
-        if gap <= policy.budget:  # not where it is NaN
+        gap = verified.loss_change
+        if gap <= policy.budget:
             return policy, verified, tuple(failed)
         failed.append(verified)
         raised = None
+        if len(failed) == 1 and math.isfinite(gap):
+            alone = raised_alone(evidence, policy, candidates)
+            say(f"the loss moved by {gap:.2g}, more than predicted: raising each of {len(alone)} layers alone")
+            shares = {
+                name: [whole - rest for whole, rest in zip(verified.loss_changes, try_out(without), strict=True)]
+                for name, without in alone.items()
+            }
+            seen = with_changes(evidence, policy, shares)
+            if predicted_change(seen, policy.choices) >= gap / 2:  # else it takes several to move it, and none is told
+                evidence = seen
         if len(failed) < RAISES:
             factor = policy.budget / gap if math.isfinite(gap) else 0.25
             raised = raise_worst(evidence, policy, factor, candidates)
         widest = all_widest(evidence, policy, candidates)
         if raised is None and widest.assignment == policy.assignment:
-            raise _too_far(f"{verified.loss_change:+.2g}, verified", policy, candidates)
+            raise _too_far(f"{verified.loss_change:.2g}, verified", policy, candidates)
         policy = raised or widest
     return policy, None, tuple(failed)
 
@@ -300,17 +342,11 @@ def to_evidence(
     layers, sources = [], dict[str, str]()
     for module in subject.matmuls:
         seen = answer["layers"].get(module.name, {"rows": 0, "formats": {}, "seconds": {}})
-        flops = layer_flops(seen["rows"], module.in_features, module.out_features)
+        flops = layer_flops(seen["rows"], module.in_features, module.out_features, is_frozen=subject.is_frozen)
         costs, origins = reckon_costs(flops, seen["seconds"], peaks, candidates)
         sources |= origins if seen["rows"] else {}
         measured = {
-            kind: Measured(
-                entry["sqnr_db"]["output"],
-                entry["sqnr_db"]["input_gradient"],
-                entry["sqnr_db"]["weight_gradient"],
-                tuple(entry["loss_changes"]),
-                entry["underflow"],
-            )
+            kind: Measured(entry["energy_db"], entry["channel_db"], tuple(entry["loss_changes"]), entry["underflow"])
             for kind, entry in seen["formats"].items()
         }
         bars = {"fp8": barred[module.name]} if module.name in barred else {}
@@ -366,6 +402,8 @@ def _measure_request(subject: Subject, candidates: Sequence[str], barred: Mappin
     device = subject.here.devices[0]
     lower = [candidate for candidate in candidates if candidate != "fp32"]
     return {
+        "is_frozen": subject.is_frozen,
+        "channel_quantile": CHANNEL_QUANTILE,
         "layers": {
             module.name: [kind for kind in lower if kind != "fp8" or module.name not in barred]
             for module in subject.matmuls
@@ -395,10 +433,11 @@ def _check_planned(plan: Plan, policy: Policy) -> None:
             raise RuntimeError(f"{name} was to be {precision}, and the recipe that says so plans {found}")
 
 
-def _check_memory(plan: Plan) -> None:
+def _check_memory(plan: Plan, *, is_frozen: bool) -> None:
     """Raise UnsupportedError where model, gradients and activations don't fit; there is no optimizer."""
     memory = plan.memory
-    needed = memory.peak_gib - memory.parts_gib.get("optimizer", 0.0)
+    unused = ("optimizer", "gradients") if is_frozen else ("optimizer",)
+    needed = memory.peak_gib - sum(memory.parts_gib.get(part, 0.0) for part in unused)
     if memory.capacity_gib is not None and needed > memory.capacity_gib:
         raise UnsupportedError(
             f"the reference is the model in fp32 with its gradients, about {needed:.1f} GiB, and there are "
@@ -425,7 +464,10 @@ def _remarks(subject: Subject, candidates: Sequence[str]) -> list[str]:
     """Say what the reader must know of what was measured."""
     remarks = []
     if subject.recipe.lora is not None:
-        remarks.append("measured without the adapters, which begin as zero and change nothing")
+        remarks.append(
+            "measured without the adapters, which begin as zero and change nothing; the frozen weights have no "
+            "gradient, and none is timed or judged"
+        )
     if subject.recipe.precision.layers is not None:
         remarks.append("the recipe's own precision.layers were searched anew")
     asked = subject.float8.recipe

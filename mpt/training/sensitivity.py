@@ -3,8 +3,8 @@
 Started by `mpt.measuring.sensitivity_child`. It builds the model of REQUEST_DIR/plan.json in fp32, with calibration
 batches of the plan's own data, and answers requests on stdin, one JSON object a line: `measure` (every layer in every
 candidate format, from one pass a batch), then any number of `verify` (install a plan's precisions really, and compare
-loss and gradients with the reference). It answers on stdout with lines that hold `say`, `answer` or `error`, and ends
-when stdin does. It decides nothing.
+loss and gradients with the reference) and `try` (the losses alone, from forward passes). It answers on stdout with
+lines that hold `say`, `answer` or `error`, and ends when stdin does. It decides nothing.
 """
 
 import json
@@ -30,8 +30,12 @@ DEVICES = {DeviceKind.ROCM: "cuda"}  # torch's own name where it is another
 class Calibration:
     """A model in fp32, the batches that it is measured on, and after `measure` its losses and gradients on them."""
 
-    def __init__(self, plan: Plan, folder: Path, batches: int) -> None:
-        """Read the data and build the model as a run would. Raises MptError for what a run could not train either."""
+    def __init__(self, plan: Plan, folder: Path, batches: int, *, is_frozen: bool = False) -> None:
+        """Read the data and build the model as a run would. Raises MptError for what a run could not train either.
+
+        `is_frozen`: only adapters will be trained. They begin as zero, so they are left out; but the layers' weights
+        get no gradient, and the input embedding's stands for all that goes back through the layers.
+        """
         import torch
 
         from mpt.training.tasks import task_module
@@ -53,6 +57,10 @@ class Calibration:
         model = task.build_model(plan, tokenizer, seed=seed)
         model.config.use_cache = False
         self.model = model.to(self.device).eval()  # dropout would differ between the passes that are compared
+        self.is_frozen = is_frozen
+        if is_frozen:
+            self.model.requires_grad_(False)
+            self.model.get_input_embeddings().requires_grad_(True)
         self.losses: list[float] = []
         self.gradients: dict[str, Any] = {}
 
@@ -62,19 +70,25 @@ class Calibration:
 
         fp8 = request["fp8"] or {}
         probe = Probe(
-            self.model, request["layers"], fp8_recipe=fp8.get("recipe"), emulate_fp8=fp8.get("emulated", True)
+            self.model,
+            request["layers"],
+            fp8_recipe=fp8.get("recipe"),
+            emulate_fp8=fp8.get("emulated", True),
+            is_frozen=self.is_frozen,
         )
         with probe:
             self.losses = self._run(None, before=probe.begin_batch)
         self.gradients = {name: w.grad.cpu() for name, w in self.model.named_parameters() if w.grad is not None}
         self.model.zero_grad(set_to_none=True)
-        layers = probe.to_json()
+        layers = probe.to_json(request["channel_quantile"])
         timed: dict[tuple[int, int, int], dict[str, float]] = {}
         for name, seen in layers.items():
             inputs, outputs = request["sizes"][name]
             size = (seen["rows"], inputs, outputs)
             if size not in timed:
-                timed[size] = time_layer(*size, request["timed"], self.device, fp8_recipe=fp8.get("recipe"))
+                timed[size] = time_layer(
+                    *size, request["timed"], self.device, fp8_recipe=fp8.get("recipe"), is_frozen=self.is_frozen
+                )
             seen["seconds"] = timed[size]
         tokens = sum(batch["input_ids"].numel() for batch in self.batches)
         return {
@@ -102,16 +116,29 @@ class Calibration:
             self.model.zero_grad(set_to_none=True)
         from mpt.training.precision.probe import decibels
 
-        changes = [loss - before for loss, before in zip(losses, self.losses, strict=True)]
         return {
-            "loss_change": math.fsum(changes) / len(changes),
-            "largest_batch_change": max(changes, key=abs),
+            "loss_changes": self._changes(losses),
             "gradient_cosine": dot / math.sqrt(own * reference) if own * reference > 0 else math.nan,
             "gradient_sqnr_db": decibels(reference, error),
         }
 
-    def _run(self, plan: Plan | None, before: Any = lambda: None) -> list[float]:
-        """Run every batch forward and backward; gradients become those of the mean loss. None: in plain fp32."""
+    def try_out(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Install a plan's precisions, run the same batches forward, and take them out again."""
+        import torch
+
+        plan = Plan.from_json(request["plan"])
+        with installed(self.model, plan), torch.no_grad():
+            return {"loss_changes": self._changes(self._run(plan, backward=False))}
+
+    def _changes(self, losses: list[float]) -> list[float]:
+        return [loss - before for loss, before in zip(losses, self.losses, strict=True)]
+
+    def _run(self, plan: Plan | None, before: Any = lambda: None, *, backward: bool = True) -> list[float]:
+        """Run every batch forward and backward; give their losses. `plan` None: in plain fp32.
+
+        Gradients become those of the sum of the losses. Each batch's gradient is that of its whole loss, not of its
+        share in a mean: a training step sees one batch, and a change is predicted from it for one batch.
+        """
         import torch
 
         from mpt.training.precision.apply import DTYPES, fp8_context
@@ -126,7 +153,8 @@ class Calibration:
                 torch.autocast(self.device.type, dtype=DTYPES.get(dtype or ""), enabled=dtype is not None),
             ):
                 loss = self.model(**batch).loss
-            (loss / len(self.batches)).backward()
+            if backward:
+                loss.backward()
             losses.append(float(loss.detach()))
         return losses
 
@@ -224,12 +252,12 @@ def _answer_all(folder: Path, tell: Any) -> None:
         request = json.loads(line)
         if request["ask"] == "measure":
             tell(say="reading the data and building the model")
-            calibration = Calibration(plan, folder, request["batches"])
+            calibration = Calibration(plan, folder, request["batches"], is_frozen=request["is_frozen"])
             tell(say=f"measuring {len(request['layers'])} layers on {len(calibration.batches)} batches")
             tell(answer=calibration.measure(request))
         else:
             assert calibration is not None, "measure comes first"
-            tell(answer=calibration.verify(request))
+            tell(answer=calibration.verify(request) if request["ask"] == "verify" else calibration.try_out(request))
 
 
 def _own_stdout() -> IO[str]:

@@ -12,7 +12,9 @@ from mpt.hardware.specs import parse_machine
 from mpt.measuring.layer_cost import reckon_costs
 from mpt.measuring.precision_block import replace_block, to_patterns, to_section, to_yaml, with_section
 from mpt.measuring.precision_policy import (
-    GRADIENT_FLOOR_DB,
+    CHANNEL_FLOOR_DB,
+    ENERGY_FLOOR_DB,
+    UNDERFLOW_CEILING,
     Evidence,
     LayerEvidence,
     Measured,
@@ -29,6 +31,7 @@ from mpt.measuring.search_precision import (
     check_wish,
     choose_candidates,
     settle,
+    to_evidence,
 )
 from mpt.planning.layers import choose_layers
 from mpt.planning.model_facts import learn_model_facts
@@ -43,8 +46,12 @@ COSTS = {"fp32": 8.0, "bf16": 2.0, "fp8": 1.0}
 PACKAGES = frozenset({"torch", "transformers", "accelerate", "datasets", "torchao"})
 
 
+HEALTHY = {"output": 30.0, "input_gradient": 25.0, "weight_gradient": 26.0}
+CHANNELS = {"output": 21.0, "input_gradient": 22.0, "weight_gradient": 23.0}
+
+
 def measured(*changes: float, gradient: float = 25.0) -> Measured:
-    return Measured(30.0, gradient, gradient + 1, changes, {})
+    return Measured(HEALTHY | {"input_gradient": gradient, "weight_gradient": gradient + 1}, CHANNELS, changes, {})
 
 
 def layer(name: str, bf16: float, fp8: float, costs: Mapping[str, float] = COSTS) -> LayerEvidence:
@@ -64,13 +71,13 @@ def choose(*layers: LayerEvidence, tolerance: float = 0.01, candidates: tuple[st
         (0.01, 0.01, "fp8"),  # the boundary belongs to the budget
         (0.0101, 0.01, "bf16"),
         (0.5, 0.00009, "fp32"),
-        (0.0, 1e-12, "fp32"),  # fp8 is exact here, and its gradients are not
+        (0.0, 1e-12, "fp32"),  # fp8 moves nothing here, and its gradients are under the floor
         (math.nan, 1.0, "bf16"),
         (math.inf, 1.0, "bf16"),
     ],
 )
 def test_a_layer_gets_the_lowest_format_within_the_tolerance(fp8: float, tolerance: float, expected: str) -> None:
-    gradient = 25.0 if fp8 else GRADIENT_FLOOR_DB - 0.1
+    gradient = 25.0 if fp8 else ENERGY_FLOOR_DB - 0.1
     one = LayerEvidence("a", {"bf16": measured(1e-4), "fp8": measured(fp8, gradient=gradient)}, COSTS, {})
     policy = choose(one, tolerance=tolerance)
     assert policy.assignment == {"a": expected}
@@ -79,7 +86,7 @@ def test_a_layer_gets_the_lowest_format_within_the_tolerance(fp8: float, toleran
 
 @pytest.mark.parametrize(
     ("gradient", "expected"),
-    [(GRADIENT_FLOOR_DB, "fp8"), (GRADIENT_FLOOR_DB - 0.01, "bf16"), (-math.inf, "bf16"), (math.inf, "fp8")],
+    [(ENERGY_FLOOR_DB, "fp8"), (ENERGY_FLOOR_DB - 0.01, "bf16"), (-math.inf, "bf16"), (math.inf, "fp8")],
 )
 def test_gradients_under_the_floor_keep_a_layer_up_however_little_the_loss_moves(
     gradient: float, expected: str
@@ -91,6 +98,34 @@ def test_gradients_under_the_floor_keep_a_layer_up_however_little_the_loss_moves
 def test_signs_that_cancel_between_batches_count_all_the_same() -> None:
     one = LayerEvidence("a", {"bf16": measured(0.0), "fp8": measured(0.02, -0.02)}, COSTS, {})
     assert choose(one).assignment == {"a": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"energy_db": dict.fromkeys(HEALTHY, ENERGY_FLOOR_DB)}, None),
+        ({"channel_db": dict.fromkeys(HEALTHY, CHANNEL_FLOOR_DB)}, None),
+        ({"underflow": {"input": UNDERFLOW_CEILING, "weight": 0.0}}, None),
+        ({"energy_db": dict.fromkeys(HEALTHY, math.inf), "channel_db": {}}, None),
+        ({"energy_db": HEALTHY | {"output": 19.6}}, "output at 19.6 dB, under the floor of 20"),
+        ({"energy_db": HEALTHY | {"weight_gradient": 19.9}}, "weight gradient at 19.9 dB, under the floor of 20"),
+        (
+            {"channel_db": CHANNELS | {"weight_gradient": 5.8}},
+            "a tenth of the channels of the weight gradient at 5.8 dB or less, under the floor of 15",
+        ),
+        ({"underflow": {"input": 0.54, "weight": 0.0}}, "54% of the input becomes 0, and 5% may"),
+        ({"energy_db": HEALTHY | {"output": -math.inf}}, "its result is not finite"),
+        ({"loss_changes": ()}, "its result is not finite"),
+        ({"energy_db": {"output": 30.0, "input_gradient": 25.0}}, None),  # frozen weights have no gradient
+    ],
+)
+def test_a_layer_under_a_floor_stays_up_whatever_the_loss_does(changed: dict[str, object], reason: str | None) -> None:
+    seen = replace(Measured(HEALTHY, CHANNELS, (0.0,), {"input": 0.0007}), **changed)  # type: ignore[arg-type]
+    assert seen.flaw() == reason
+    policy = choose(LayerEvidence("a", {"bf16": measured(0.0), "fp8": seen}, COSTS, {}))
+    assert policy.assignment == {"a": "bf16" if reason else "fp8"}
+    assert policy.choices["a"].reason == (f"fp8: {reason}" if reason else "the lowest candidate")
 
 
 def test_layers_add_as_squares_and_the_sensitive_ones_stay_up() -> None:
@@ -164,27 +199,70 @@ def test_what_verification_refutes_is_raised_until_it_holds(
     evidence = Evidence(1.0, tuple(layer(name, 0.0, 0.004) for name in "abcd"))
 
     def verify(policy: Policy) -> Verified:
-        return Verified(truth(list(policy.assignment.values()).count("fp8")), 0.0, 1.0, 30.0)
+        return Verified((truth(list(policy.assignment.values()).count("fp8")),) * 2, 1.0, 30.0)
 
-    policy, verified, failed = settle(evidence, choose_policy(evidence, 0.01, ALL), ALL, verify)
+    def try_out(policy: Policy) -> tuple[float, ...]:
+        return verify(policy).loss_changes
+
+    chosen = choose_policy(evidence, 0.01, ALL)
+    policy, verified, failed = settle(evidence, chosen, ALL, verify, try_out, lambda text: None)
     assert list(policy.assignment.values()).count("fp8") == lowered
     assert len(failed) == failures
     assert verified is not None
-    assert abs(verified.loss_change) <= policy.budget
+    assert verified.loss_change <= policy.budget
+
+
+def settled(
+    evidence: Evidence, truth: Mapping[str, tuple[float, ...]], candidates: tuple[str, ...] = ALL
+) -> tuple[Policy, Verified | None, tuple[Verified, ...]]:
+    """Settle where the layers in fp8 really change the batches' losses by `truth`, and add up."""
+
+    def changes(policy: Policy) -> tuple[float, ...]:
+        lowered = [truth[name] for name, kind in policy.assignment.items() if kind == "fp8"]
+        return tuple(map(math.fsum, zip(*lowered, strict=True))) or (0.0,)
+
+    def verify(policy: Policy) -> Verified:
+        return Verified(changes(policy), 1.0, 30.0)
+
+    return settle(evidence, choose_policy(evidence, 0.01, candidates), candidates, verify, changes, lambda text: None)
+
+
+def test_what_is_verified_is_the_change_s_size_and_never_its_mean() -> None:
+    evidence = Evidence(1.0, tuple(layer(name, 0.0, 0.004) for name in "ab"))
+    policy, _, failed = settled(evidence, {"a": (0.03, -0.03), "b": (0.001, 0.001)})
+    assert [one.loss_change for one in failed] == pytest.approx([0.03], rel=0.1)
+    assert [one.mean_change for one in failed] == pytest.approx([0.001])
+    assert policy.assignment == {"a": "bf16", "b": "fp8"}
+
+
+@pytest.mark.parametrize("blamed", ["a", "j", "t"])
+def test_the_one_layer_that_refutes_the_predictions_is_raised_alone(blamed: str) -> None:
+    names = "abcdefghijklmnopqrst"
+    evidence = Evidence(1.0, tuple(layer(name, 0.0, 0.0001 * number) for number, name in enumerate(names, start=1)))
+    truth = dict.fromkeys(names, (0.0001, -0.0001)) | {blamed: (0.05, 0.03)}
+    policy, verified, failed = settled(evidence, truth)
+    assert {name for name, kind in policy.assignment.items() if kind != "fp8"} == {blamed}
+    assert len(failed) == 1
+    assert verified is not None
+    assert policy.choices[blamed].reason == "fp8: the loss moved too far when verified, by 0.041 of this layer"
 
 
 def test_a_loss_that_nothing_mends_ends_in_plain_fp32_or_in_an_error_without_it() -> None:
     evidence = Evidence(1.0, tuple(layer(name, 0.0, 0.001) for name in "abcdefgh"))
 
     def verify(policy: Policy) -> Verified:
-        return Verified(0.5, 0.5, 0.9, 3.0)
+        return Verified((0.5, 0.5), 0.9, 3.0)
 
-    policy, verified, failed = settle(evidence, choose_policy(evidence, 0.01, ALL), ALL, verify)
+    def settle_among(candidates: tuple[str, ...]) -> tuple[Policy, Verified | None, tuple[Verified, ...]]:
+        chosen = choose_policy(evidence, 0.01, candidates)
+        return settle(evidence, chosen, candidates, verify, lambda policy: (0.5, 0.5), lambda text: None)
+
+    policy, verified, failed = settle_among(ALL)
     assert set(policy.assignment.values()) == {"fp32"}
     assert verified is None
     assert 1 < len(failed) <= 5
     with pytest.raises(MptError, match="every layer in bf16, the widest candidate, the loss moves by") as error:
-        settle(evidence, choose_policy(evidence, 0.01, ("bf16", "fp8")), ("bf16", "fp8"), verify)
+        settle_among(("bf16", "fp8"))
     assert "Add fp32" in error.value.remedy
 
 
@@ -361,6 +439,21 @@ def test_layers_too_small_to_gain_stay_up_where_the_table_alone_speaks_and_the_r
     assert {name for name in kept if "proj" in name} == {
         "model.layers.2.mlp.down_proj", *(f"model.layers.{block}.mlp.up_proj" for block in range(3)),
     }  # fmt: skip
+
+
+def test_the_weight_gradient_of_frozen_weights_costs_nothing_and_is_not_judged() -> None:
+    name = "model.layers.0.mlp.up_proj"
+    seen = {"output": 30.0, "input_gradient": 25.0}
+    entry = {"energy_db": seen, "channel_db": seen, "loss_changes": [0.0], "underflow": {}}
+    answer = {"reference_loss": 1.0, "layers": {name: {"rows": 128, "formats": {"fp8": entry}, "seconds": {}}}}
+    adapted = Recipe.model_validate({"model": "some/model", "data": "builtin:python-reference", "lora": {}})
+    costs = []
+    for searched in (subject(), replace(subject(), recipe=adapted)):
+        evidence, _ = to_evidence(searched, ALL, {}, answer)
+        found = next(layer for layer in evidence.layers if layer.name == name)
+        assert found.reason_against("fp8") is None
+        costs.append(found.costs["fp8"])
+    assert costs[1] == pytest.approx(costs[0] * 2 / 3)
 
 
 @pytest.mark.parametrize(
