@@ -103,14 +103,6 @@ def test_what_is_not_finite_stops_every_process_before_the_update(
         assert all(tensor.isfinite().all() for tensor in run.weights(folder).values())
 
 
-@pytest.mark.skipif(has_fp16_engine(), reason="this CPU has AVX512-FP16")
-def test_fp16_under_deepspeed_on_a_cpu_without_it_is_refused(new_run: MakeRun) -> None:
-    run = new_run(**two_processes("zero2", precision=FP16))
-    assert run.train(processes=2) != 0
-    assert run.last_word()["exit_code"] == 3, run.log()
-    assert "fp16 is not supported" in run.last_word()["problem"]
-
-
 @NEEDS_FP16
 def test_a_loss_scale_that_deepspeed_may_not_lower_ends_the_run(new_run: MakeRun) -> None:
     scale = {"initial": 2.0**40, "min": 2.0**39}
