@@ -10,8 +10,7 @@ from typing import Any
 
 import yaml
 
-from mpt.planning.layers import MATMULS
-from mpt.planning.modules import ModuleShape, matches
+from mpt.planning.modules import MATMULS, ModuleShape, matches
 from mpt.recipe.schema import PrecisionSection, Recipe
 from mpt.recipe.yaml_text import read_yaml
 

@@ -34,9 +34,8 @@ from mpt.measuring.precision_policy import (
 from mpt.measuring.sensitivity_child import Child
 from mpt.planning.float8 import TORCHAO_INSTALL, TORCHAO_RECIPES, choose_float8_layers
 from mpt.planning.float8_engine import RULED
-from mpt.planning.layers import MATMULS
 from mpt.planning.model_facts import ModelFacts
-from mpt.planning.modules import ModuleShape
+from mpt.planning.modules import MATMULS, ModuleShape
 from mpt.planning.plan import Plan, resolve
 from mpt.recipe.schema import Float8Section, Recipe
 from mpt.terms import Feature, Precision

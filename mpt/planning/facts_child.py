@@ -20,7 +20,7 @@ from mpt.errors import MptError
 Json = dict[str, Any]
 RunChild = Callable[[Json], Json]
 
-ANSWERS_VERSION = 2  # raised when the child's answers get other keys
+ANSWERS_VERSION = 3  # raised when the child's answers get other keys or other words
 LOCAL_HELP = "A local directory with a config.json (and the weights, to train) always works: model: path/to/it."
 
 

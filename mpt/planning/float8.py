@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from mpt.errors import MptError, UnsupportedError
-from mpt.planning.modules import matches
+from mpt.planning.modules import MATMULS, matches, near_patterns
 
 TORCHAO_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")  # torchao 0.18, Float8LinearRecipeName
 # transformer_engine.common.recipe, by our names. Float8BlockScaling and NVFP4BlockScaling are not offered.
@@ -22,6 +22,9 @@ TE_INSTALL = 'pip install --no-build-isolation "transformer_engine[pytorch]"'
 
 # A mixture's router: it picks the experts by comparing its few outputs, where a rounding changes the choice.
 ROUTERS = frozenset({"gate", "router"})
+FUSED_EXPERTS = "fused experts: fp8 takes torch.nn.Linear alone"
+# Why fp8 does not take a multiplication that is no torch.nn.Linear. A subclass may never call its own forward pass.
+OTHERS = {"conv1d": "a Conv1D, which holds its weight transposed", "linear subclass": "a subclass of torch.nn.Linear"}
 
 
 class MatmulModule(Protocol):
@@ -60,8 +63,10 @@ def choose_float8_layers(
     linear = [module for module in modules if module.kind == "linear"]
     for pattern in keep_patterns:
         if not any(matches(module.name, pattern) for module in linear):
+            near = near_patterns(pattern, [module.name for module in linear])
             raise MptError(
-                f"precision.fp8.keep_high_precision: {pattern} matches no linear layer of the model",
+                f"precision.fp8.keep_high_precision: {pattern} matches no linear layer of the model"
+                + (f"; did you mean {' or '.join(near)}?" if near else ""),
                 remedy="A pattern means a module by its whole name, such as model.layers.0.mlp.down_proj or *.mlp.",
             )
     if auto_filter and recipe not in _PAYS:
@@ -75,8 +80,7 @@ def choose_float8_layers(
 
     def reason_to_keep(module: MatmulModule) -> str | None:
         if module.kind != "linear":
-            what = "a Conv1D, which holds its weight transposed" if module.kind == "conv1d" else module.kind
-            return f"{what}: fp8 takes torch.nn.Linear alone"
+            return f"{OTHERS[module.kind]}: fp8 takes torch.nn.Linear alone"
         if module.is_head:
             return "the output head: its rounding errors go into the loss directly"
         for pattern in keep_patterns:
@@ -98,7 +102,7 @@ def choose_float8_layers(
 
     chosen = {}
     for module in modules:
-        if module.kind in ("linear", "conv1d"):
+        if module.kind in MATMULS:
             reason = reason_to_keep(module)
             chosen[module.name] = (reason is None, reason or f"K={module.in_features}, N={module.out_features}")
     return chosen

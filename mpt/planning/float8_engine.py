@@ -10,7 +10,7 @@ from mpt.hardware.machine import Machine
 from mpt.planning.decision import Decision, Origin, Rejected
 from mpt.planning.float8 import check_backend, compiles, recomputes
 from mpt.recipe.schema import Float8Section, PrecisionSection, Recipe
-from mpt.terms import FP8_MODES, DeviceKind, Feature, Precision
+from mpt.terms import FP8_MODES, DeviceKind, Feature, Precision, Strategy
 
 COMPILE_KEY = "torch_compile"
 COMPILE_OPTIONS = ("torch_compile_backend", "torch_compile_mode")  # either turns it on (TrainingArguments)
@@ -56,8 +56,8 @@ def choose_float8(
     return Decision(value, origin, reason)
 
 
-def choose_compile(recipe: Recipe, fp8: dict[str, Any] | None) -> Decision[bool]:
-    """Decide on torch.compile: what the recipe says, and by default for native fp8 alone.
+def choose_compile(recipe: Recipe, fp8: dict[str, Any] | None, strategy: Strategy) -> Decision[bool]:
+    """Decide on torch.compile: what the recipe says, and by default for native fp8 alone, and not under ZeRO-3.
 
     Raises MptError where it was asked for and the fp8 recipe refuses it.
     """
@@ -74,6 +74,8 @@ def choose_compile(recipe: Recipe, fp8: dict[str, Any] | None) -> Decision[bool]
     if fp8 is None or fp8["emulated"]:
         return Decision(False, Origin.AUTO, "only native fp8 needs it; `training: {torch_compile: true}` asks for it")
     does, reason = compiles(fp8["backend"], fp8["recipe"])
+    if does and strategy is Strategy.ZERO3:
+        does, reason = False, "ZeRO-3 gathers weights in hooks, which break the compiler's graphs at every layer"
     asks = f"`training: {{torch_compile: {str(not does).lower()}}}` asks for it"
     return Decision(does, Origin.AUTO, reason, (Rejected(not does, asks),))
 

@@ -5,21 +5,18 @@ Islands are modules that compute in another format than the model around them. C
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from mpt.errors import MptError, UnsupportedError
 from mpt.hardware.machine import Machine
 from mpt.planning.decision import Decision, Origin
-from mpt.planning.float8 import check_some_converted, choose_float8_layers
-from mpt.planning.modules import ModuleShape, matches
+from mpt.planning.float8 import FUSED_EXPERTS, check_some_converted, choose_float8_layers
+from mpt.planning.modules import MATMULS, ModuleShape, matches, near_patterns, strength
 from mpt.planning.number_formats import SIXTEEN_BIT
 from mpt.planning.precision import require_fp8
 from mpt.recipe.schema import PrecisionSection
 from mpt.terms import FP8_MODES, Feature, Precision
 
-MATMULS = ("linear", "conv1d")
-WILDCARDS = frozenset("*?[")
 MLP_ENDS = ("down_proj", "wo")
 # Which formats a module may have inside a model of which precision.
 ISLANDS: dict[Precision, tuple[str, ...]] = {
@@ -65,17 +62,19 @@ def choose_layers(
         converted = _converted(section, modules, fp8 or {})
     listed = []
     for module in modules:
-        if module.name in asked:
-            pattern, wanted = asked[module.name]
+        pattern, wanted = asked.get(module.name, ("", ""))
+        if wanted and not (wanted == "fp8" and _is_kept(module, pattern, section)):
             chosen, reason = (fp8_word if wanted == "fp8" else wanted), f"precision.layers: {pattern}"
             if wanted == "fp8":
                 _check_convertible(module, pattern, fp8_word)
-                _check_not_kept(module, pattern, section)
         elif module.name in converted:
             is_fp8, reason = converted[module.name]
             chosen = fp8_word if is_fp8 else base
         elif module.kind in MATMULS:
             chosen, reason = base, f"the mode is {precision}"
+        elif module.kind == "experts":
+            has_fp8 = precision in FP8_MODES or "fp8" in (section.layers or {}).values()
+            chosen, reason = base, FUSED_EXPERTS if has_fp8 else f"the mode is {precision}"
         else:
             continue
         listed.append({"name": module.name, "precision": chosen, "reason": reason})
@@ -164,6 +163,13 @@ def _meant(pattern: str, wanted: str, modules: Sequence[ModuleShape]) -> list[Mo
     hits = [module for module in modules if matches(module.name, pattern)]
     if not hits:
         raise _matches_nothing(pattern, modules)
+    experts = next((module.name for module in hits if module.kind == "experts"), None)
+    if experts is not None and wanted != "fp32" and not any(module.kind in MATMULS for module in hits):
+        why = FUSED_EXPERTS if wanted == "fp8" else "fused experts compute in the model's own precision or in fp32"
+        raise MptError(
+            f'precision.layers: "{pattern}": {wanted} means {experts}, and {why}',
+            remedy="Leave the pattern out, or ask for fp32.",
+        )
     meant = [module for module in hits if wanted == "fp32" or module.kind in MATMULS]
     if not meant:
         raise MptError(
@@ -175,13 +181,9 @@ def _meant(pattern: str, wanted: str, modules: Sequence[ModuleShape]) -> list[Mo
 
 
 def _strongest(name: str, patterns: Sequence[str], layers: Mapping[str, str]) -> tuple[str, str]:
-    """Choose among the patterns that mean a module: its own name, then the name of what holds it, then wildcards."""
-
-    def strength(pattern: str) -> int:
-        return 2 if pattern == name else 0 if WILDCARDS & set(pattern) else 1
-
-    strongest = max(map(strength, patterns))
-    first, *others = (pattern for pattern in patterns if strength(pattern) == strongest)
+    """Choose among the patterns that mean a module."""
+    strongest = max(strength(pattern, name) for pattern in patterns)
+    first, *others = (pattern for pattern in patterns if strength(pattern, name) == strongest)
     for other in others:
         if layers[other] != layers[first]:
             raise MptError(
@@ -193,11 +195,7 @@ def _strongest(name: str, patterns: Sequence[str], layers: Mapping[str, str]) ->
 
 def _matches_nothing(pattern: str, modules: Sequence[ModuleShape]) -> MptError:
     names = [module.name for module in modules]
-    # What would match: whole names, and their parts behind a wildcard.
-    known = {part: f"*.{part}" for name in names for part in name.split(".") if not part.isdigit()}
-    known |= {name: name for name in names}
-    plain = "".join(sign for sign in pattern if sign not in WILDCARDS).strip(".")
-    near = next((found for word in (plain.rpartition(".")[2], plain) if (found := _near(word, known))), ())
+    near = near_patterns(pattern, names)
     ends = sorted({name.rpartition(".")[2] for name in names})
     return MptError(
         f'precision.layers: "{pattern}" matches no module of the model'
@@ -205,12 +203,6 @@ def _matches_nothing(pattern: str, modules: Sequence[ModuleShape]) -> MptError:
         remedy=f"A pattern is matched against whole names, such as {names[min(1, len(names) - 1)]}; they end in "
         f"{', '.join(ends[:20])}{', ...' if len(ends) > 20 else ''}.",
     )
-
-
-def _near(word: str, known: Mapping[str, str]) -> list[str]:
-    if word in known:
-        return [known[word]]
-    return [known[found] for found in get_close_matches(word, sorted(known), 2, 0.6)]
 
 
 def _check_formats(section: PrecisionSection, precision: Precision, machine: Machine) -> None:
@@ -248,8 +240,9 @@ def _converted(
 
 def _check_convertible(module: ModuleShape, pattern: str, fp8_word: str) -> None:
     if module.kind != "linear":
+        what = "a Conv1D, which has no fp8 kernel" if module.kind == "conv1d" else "a subclass of torch.nn.Linear"
         raise MptError(
-            f'precision.layers: "{pattern}": {module.name} is a Conv1D, which has no fp8 kernel',
+            f'precision.layers: "{pattern}": {module.name} is {what}',
             remedy="Leave it out: fp8 is for torch.nn.Linear.",
         )
     multiple = 32 if fp8_word == Precision.MXFP8 else 16
@@ -261,11 +254,20 @@ def _check_convertible(module: ModuleShape, pattern: str, fp8_word: str) -> None
         )
 
 
-def _check_not_kept(module: ModuleShape, pattern: str, section: PrecisionSection) -> None:
-    for kept in section.fp8.keep_high_precision if section.fp8 is not None else ():
-        if matches(module.name, kept):
-            raise MptError(
-                f'precision.layers: "{pattern}": fp8 and precision.fp8.keep_high_precision: "{kept}" fight over '
-                f"{module.name}",
-                remedy="Make one of the patterns narrower.",
-            )
+def _is_kept(module: ModuleShape, pattern: str, section: PrecisionSection) -> bool:
+    """Whether `keep_high_precision` means a module more closely than the pattern that asks for fp8.
+
+    Raises MptError where both mean it equally closely.
+    """
+    kept_by = [kept for kept in section.fp8.keep_high_precision if matches(module.name, kept)] if section.fp8 else []
+    if not kept_by:
+        return False
+    kept = max(kept_by, key=lambda kept: strength(kept, module.name))
+    if strength(kept, module.name) == strength(pattern, module.name):
+        raise MptError(
+            f'precision.layers: "{pattern}": fp8 and precision.fp8.keep_high_precision: "{kept}" fight over '
+            f"{module.name}",
+            remedy="Make one of the patterns narrower: a module's own name goes before the name of what holds it, and "
+            "that before wildcards.",
+        )
+    return strength(kept, module.name) > strength(pattern, module.name)

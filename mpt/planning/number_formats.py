@@ -2,7 +2,7 @@
 
 The precision names only the format of the matrix multiplications. What else is kept in how many bits decides
 whether small updates survive: an update below half a unit in the last place of a bf16 weight vanishes (Zamirai et
-al. 2020, arXiv:2010.06192), and a bf16 second moment with beta2 0.999 never decays.
+al. 2020, arXiv:2010.06192), and a bf16 moment with a beta near 1 stops short of its average.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 from mpt.errors import MptError
 from mpt.planning.decision import Decision, Origin, Rejected
-from mpt.planning.second_moment import second_moment_decays
+from mpt.planning.moments import MAX_ERROR, moment_error, moments_fit_bf16
 from mpt.recipe.schema import LossScaleSection, PrecisionSection
 from mpt.terms import FP8_MODES, Method, Precision, Strategy
 
@@ -36,13 +36,13 @@ def choose_number_formats(
     checkpoint_dtype: str | None,
     *,
     has_islands: bool = False,
-    beta2: float = 0.999,
+    betas: tuple[float, float] = (0.9, 0.999),
     optimizer: str = "adamw_torch_fused",
 ) -> dict[str, Decision[Any]]:
     """Decide every format of a training step but that of the matrix multiplications themselves.
 
-    `has_islands`: some modules compute in another format (`precision.layers`). `beta2` is Adam's. Raises MptError for a
-    wish that the engine can't carry out.
+    `has_islands`: some modules compute in another format (`precision.layers`). `betas` are Adam's. Raises MptError for
+    a wish that the engine can't carry out.
     """
     half = SIXTEEN_BIT.get(precision)
     by_deepspeed = strategy.zero_stage is not None
@@ -60,7 +60,7 @@ def choose_number_formats(
     casts_copies = by_deepspeed and not has_islands  # DeepSpeed's 16-bit engine; islands go by its torch_autocast
     return {
         "autocast_dtype": _autocast(half, precision, casts_copies),
-        **_stored(section, half, precision, strategy, casts_copies, method, checkpoint_dtype, beta2, optimizer),
+        **_stored(section, half, precision, strategy, casts_copies, method, checkpoint_dtype, betas, optimizer),
         "rounding": _rounding(section, precision, optimizer),
         "reduce_dtype": _reduce_dtype(section.reduce_dtype, precision, strategy),
         "grad_accum_dtype": _grad_accum_dtype(section.grad_accum_dtype, precision, strategy),
@@ -84,7 +84,7 @@ def _stored(
     casts_copies: bool,
     method: Method,
     checkpoint_dtype: str | None,
-    beta2: float,
+    betas: tuple[float, float],
     optimizer: str,
 ) -> dict[str, Decision[Any]]:
     def every(dtype: str, reason: str) -> dict[str, Decision[Any]]:
@@ -106,7 +106,7 @@ def _stored(
     if half is None:
         return every("fp32", f"{precision} stores fp32") | no_adapters
     if precision is Precision.BF16_PURE:
-        return every("bf16", "bf16_pure was asked for") | no_adapters | _pure(section, by_deepspeed, beta2, optimizer)
+        return every("bf16", "bf16_pure was asked for") | no_adapters | _pure(section, by_deepspeed, betas, optimizer)
     if casts_copies:
         split = every("fp32", "ZeRO keeps fp32 master weights and optimizer states, divided over the ranks")
         engine = f"DeepSpeed's {half} engine computes with {half} copies of the master weights"
@@ -120,7 +120,9 @@ def _stored(
     return every("fp32", reason) | no_adapters
 
 
-def _pure(section: PrecisionSection, by_deepspeed: bool, beta2: float, optimizer: str) -> dict[str, Decision[Any]]:
+def _pure(
+    section: PrecisionSection, by_deepspeed: bool, betas: tuple[float, float], optimizer: str
+) -> dict[str, Decision[Any]]:
     """What bf16_pure keeps beside bf16 weights and gradients."""
     kept: dict[str, Decision[Any]] = {}
     if section.master_weights == "fp32":
@@ -136,15 +138,22 @@ def _pure(section: PrecisionSection, by_deepspeed: bool, beta2: float, optimizer
     if optimizer in TORCH_OTHERS:
         reason = f"{optimizer} keeps its states in the format of the weights"
         kept["optimizer_state_dtype"] = Decision("bf16", Origin.DERIVED, reason)
-    elif second_moment_decays(beta2) and section.master_weights != "fp32":
-        reason = f"with adam_beta2 {beta2:g} a bf16 second moment decays"
-        kept["optimizer_state_dtype"] = Decision("bf16", Origin.AUTO, reason)
+    elif section.master_weights == "fp32":
+        kept["optimizer_state_dtype"] = Decision("fp32", Origin.AUTO, "beside fp32 master weights")
     else:
-        reason = f"with adam_beta2 {beta2:g} a bf16 second moment would never decay; 0.95 would let it be bf16"
-        if section.master_weights == "fp32":
-            reason = "beside fp32 master weights"
-        kept["optimizer_state_dtype"] = Decision("fp32", Origin.AUTO, reason)
+        kept["optimizer_state_dtype"] = _moments(*betas)
     return kept
+
+
+def _moments(beta1: float, beta2: float) -> Decision[str]:
+    name, beta = max((("adam_beta1", beta1), ("adam_beta2", beta2)), key=lambda entry: entry[1])
+    error = moment_error(beta)
+    if moments_fit_bf16(beta1, beta2):
+        reason = f"with {name} {beta:g} a bf16 moment stays within {error:.0%} of its average"
+        return Decision("bf16", Origin.AUTO, reason)
+    off = f"up to {error:.0%} off its average" if error < 1 else "anywhere"
+    reason = f"with {name} {beta:g} a bf16 moment would stop {off}; {MAX_ERROR:.0%} is allowed (a beta of 0.95)"
+    return Decision("fp32", Origin.AUTO, reason)
 
 
 def _rounding(section: PrecisionSection, precision: Precision, optimizer: str) -> Decision[str | None]:

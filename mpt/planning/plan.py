@@ -134,12 +134,12 @@ def resolve(
     check_tied(layers.value, precision.value, modules)
     islands = island_dtypes(layers.value, precision.value)
     has_islands = bool(islands)
-    compile_ = choose_compile(recipe, fp8.value)
     attention = choose_attention(
         None if recipe.attention == "auto" else Attention(recipe.attention), machine, precision.value, packages
     )
     sequence_length = _sequence_length(recipe, facts)
     layout = choose_layout(recipe, machine, facts, precision.value, attention.value, sequence_length.value, has_islands)
+    compile_ = choose_compile(recipe, fp8.value, layout.strategy.value)
     check_recomputed(fp8.value, gradient_checkpointing=layout.gradient_checkpointing.value)
     method = _method(recipe)
     formats = formats_for(

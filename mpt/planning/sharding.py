@@ -174,7 +174,8 @@ def formats_for(
     has_islands: bool,
 ) -> dict[str, Decision[Any]]:
     """Decide the number formats that the recipe has under a strategy."""
-    beta2 = recipe.training_keys.get("adam_beta2", training_arguments()["adam_beta2"]["default"])
+    given, known = recipe.training_keys, training_arguments()
+    beta1, beta2 = (float(given.get(key, known[key]["default"])) for key in ("adam_beta1", "adam_beta2"))
     return choose_number_formats(
         recipe.precision,
         precision,
@@ -182,7 +183,7 @@ def formats_for(
         method_of(recipe),
         checkpoint_dtype,
         has_islands=has_islands,
-        beta2=float(beta2),
+        betas=(beta1, beta2),
         optimizer=optimizer_of(recipe),
     )
 

@@ -104,6 +104,18 @@ def _steps(recipe: Recipe) -> Iterator[Flaw]:
             )
 
 
+def _optimizer_arguments(recipe: Recipe) -> Iterator[Flaw]:
+    """torch's AdamW takes none of them (transformers 5.23, _get_adamw_torch), nor does mpt's own in bf16_pure."""
+    keys = recipe.training_keys
+    optimizer = keys.get("optim", "adamw_torch_fused")
+    if keys.get("optim_args") and optimizer in ("adamw_torch", "adamw_torch_fused"):
+        yield Flaw(
+            ("training", "optim_args"),
+            f"has no effect: {optimizer}, and mpt's own AdamW in bf16_pure, read none of it",
+            "remove it; adam_beta1, adam_beta2, adam_epsilon and weight_decay are keys of their own",
+        )
+
+
 def _loader(recipe: Recipe) -> Iterator[Flaw]:
     """torch's DataLoader refuses these without worker processes, long after the model is loaded."""
     keys = recipe.training_keys
@@ -170,6 +182,7 @@ RULES: tuple[Callable[[Recipe], Iterator[Flaw]], ...] = (
     _evaluation,
     _best_model,
     _steps,
+    _optimizer_arguments,
     _loader,
     _tokenizer,
     _builtin_exists,

@@ -134,7 +134,7 @@ class Audit:
         if trainer.is_deepspeed_enabled:
             self._backward_of_deepspeed(trainer)
         if plan.value("method") != Method.FULL and not trainer.is_deepspeed_enabled:
-            self._compare("adapters with a gradient", True, any(grad.abs().sum().item() > 0 for grad in gradients))
+            self._compare("adapters with a gradient", True, any(bool(grad.count_nonzero()) for grad in gradients))
         self._judge()
 
     @_timed
@@ -289,7 +289,7 @@ class Audit:
         self._compare("autocast_dtype", plan.value("autocast_dtype"), self._autocast)
         seen = self._matmuls.seen()
         wanted = findings.planned_operands(plan, seen)
-        found = {name: operands["weight"] for name, operands in seen.items()}
+        found = findings.multiplied_in(seen, wanted)
         wrong = {name: found[name] for name in found if found[name] != wanted[name]}
         planned = "every matrix multiplication as planned"
         differing = ", ".join(f"{name} in {dtype} for {wanted[name]}" for name, dtype in list(wrong.items())[:5])

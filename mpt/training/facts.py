@@ -101,9 +101,14 @@ def _kind(module: Any) -> tuple[str, int, int]:
     import torch
 
     if isinstance(module, torch.nn.Linear):
-        return "linear", module.in_features, module.out_features
+        # fp8 replaces torch's own alone (`mpt.training.precision.float8.refuse_others`).
+        kind = "linear" if type(module) is torch.nn.Linear else "linear subclass"
+        return kind, module.in_features, module.out_features
     if type(module).__name__ == "Conv1D":  # GPT-2's: its weight lies transposed
         return "conv1d", module.weight.shape[0], module.weight.shape[1]
+    is_convolution = hasattr(module, "kernel_size")
+    if not is_convolution and any(weight.dim() == 3 for weight in module.parameters(recurse=False)):
+        return "experts", 0, 0
     return ("embedding" if isinstance(module, torch.nn.Embedding) else "other"), 0, 0
 
 

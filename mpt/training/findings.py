@@ -75,6 +75,18 @@ def planned_operands(plan: Plan, names: Iterable[str]) -> dict[str, str]:
     return {path: listed.get(path, base) for path in names}
 
 
+def multiplied_in(seen: Mapping[str, Mapping[str, str | None]], wanted: Mapping[str, str]) -> dict[str, str | None]:
+    """Say in which format each layer multiplies: that of its weight, or where only the input has another, of that.
+
+    >>> multiplied_in({"a": {"input": "fp32", "weight": "fp8"}}, {"a": "fp8"})
+    {'a': 'fp32'}
+    """
+    return {
+        path: operands["weight"] if operands["weight"] != wanted[path] else operands["input"]
+        for path, operands in seen.items()
+    }
+
+
 def island_weights(trainer: "PlanTrainer", islands: Iterable[str]) -> dict[int, torch.Tensor]:
     """List the parameters of islands by identity."""
     modules = planned_modules(trainer)
@@ -91,13 +103,17 @@ def rotary_dtypes(model: nn.Module) -> list[str]:
 
 def misaligned(model: nn.Module, multiple: int) -> list[tuple[str, int, int]]:
     """List the linear layers of which a size is no multiple of `multiple`: (name, rows, columns)."""
-    return [
-        (path, module.out_features, module.in_features)
+    sizes = [
+        (path, *_size(module))
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and ".lora_" not in path
-        and (module.out_features % multiple or module.in_features % multiple)
+        if ".lora_" not in path and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
     ]
+    return [(path, rows, columns) for path, rows, columns in sizes if rows % multiple or columns % multiple]
+
+
+def _size(module: Any) -> tuple[int, int]:
+    """Rows and columns of a linear layer; GPT-2's Conv1D names them its own way."""
+    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else (module.nf, module.nx)
 
 
 def strategy(trainer: "PlanTrainer", engine: Any) -> str:

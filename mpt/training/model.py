@@ -39,7 +39,21 @@ def build_causal_lm(plan: Plan, tokenizer: PreTrainedTokenizerBase, *, seed: int
         )
     if plan.deepspeed is None:  # whose engine casts by itself
         cast_weights(model, DTYPES[plan.value("weights_dtype")], islands=planned_islands(plan))
+    if plan.value("weights_dtype") == "fp16":
+        _check_finite(model)
     return model
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    """Raise MptError for a weight that left fp16's range when it was cast: a loss scale never mends it."""
+    for name, weight in model.named_parameters():
+        held = getattr(weight, "ds_tensor", weight)  # ZeRO-3 leaves this rank's share there
+        if not held.isfinite().all():
+            raise MptError(
+                f"the weight {name} is not finite in fp16, which ends at 65504",
+                remedy=f"Ask for `precision: bf16` or fp32, or keep it wide: `precision: {{mode: fp16, layers: "
+                f"{{{name.rpartition('.')[0]}: fp32}}}}`.",
+            )
 
 
 def _from_config(plan: Plan, section: ModelSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:

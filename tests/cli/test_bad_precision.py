@@ -108,6 +108,11 @@ def assert_refused(done: "subprocess.CompletedProcess[str]", code: int, *said: s
             2,
             ["training.optim is adafactor", "rounding: nearest"],
         ),
+        (
+            ["precision=bf16_pure", "training.optim_args=eps=1e-6", "--machine", "A100"],
+            2,
+            ["training.optim_args", "has no effect", "adam_epsilon"],
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -158,6 +163,15 @@ def test_a_wish_about_layers_is_refused_with_the_layers_named(
 ) -> None:
     assert_refused(folder.mpt("plan", "tiny.yaml", *wish), code, *said)
     assert len(folder.learnt) == 1  # one child for all of these
+
+
+def test_plan_and_dry_run_say_that_fp8_is_emulated(folder: Folder) -> None:
+    wish = ["tiny.yaml", "--machine", "cpu", "precision={mode: fp8, allow_emulation: true}"]
+    for command in (["plan", *wish], ["train", *wish, "--dry-run"]):
+        done = folder.mpt(*command)
+        assert done.returncode == 0, done.stderr
+        assert "EMULATED" in done.stdout and "which has no fp8: right numbers, slower than fp32" in done.stdout
+        assert "EMULATED: this machine has no fp8 units; right numbers, slower than bf16" in done.stdout
 
 
 def test_a_dry_run_refuses_as_the_plan_does_and_writes_nothing(folder: Folder) -> None:

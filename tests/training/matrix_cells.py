@@ -1,12 +1,16 @@
 """Train many tiny recipes one after another in this process (or this group of processes): `matrix_cells.py CELLS OUT`.
 
-CELLS is a JSON list of {"name", "recipe"}; OUT becomes {name: {"error"} or {"audit", "losses", "folder"}}. Starting
-torch and transformers costs seconds a process, a cell less than one: the matrix of precisions, engines and methods is
-affordable only so. Each cell is what the worker does: a plan in a run directory, `session.train`, the audit's file.
+CELLS is a JSON list of {"name", "recipe"} and, for one that goes on from another's checkpoint, {"continues": [name,
+checkpoint]}; OUT becomes {name: {"error"} or {"audit", "losses", "folder", ...}}. Starting torch and transformers costs
+seconds a process, a cell less than one: the matrix of precisions, engines and methods is affordable only so. Each cell
+is what the worker does: a plan in a run directory, `session.train`, the audit's file.
 """
 
+import functools
+import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +25,11 @@ from mpt.recipe.schema import Recipe
 from mpt.running.journal import Journal
 from mpt.running.run_directory import RunDirectory, write_atomically
 
+WIRE: set[str] = set()  # the formats of what was summed over ranks since the cell began, small tensors aside
+TRAINERS: list[Any] = []  # the cell's
 
-def run_cell(cell: dict[str, Any], folder: Path, rank: int) -> dict[str, Any]:
+
+def run_cell(cell: dict[str, Any], folder: Path, rank: int, folders: dict[str, Path]) -> dict[str, Any]:
     """Train a cell; give its audit and losses, or the message of the refusal."""
     from mpt.training.outcome import Diverged, Stopped, StopRequest
     from mpt.training.session import train
@@ -38,6 +45,12 @@ def run_cell(cell: dict[str, Any], folder: Path, rank: int) -> dict[str, Any]:
         )
         check_trainable(plan)
         data = json.loads(json.dumps(plan.to_json()))
+        if "continues" in cell:
+            whole, checkpoint = cell["continues"]
+            data["resume_from"] = checkpoint
+            if rank == 0:
+                for part in (f"checkpoints/{checkpoint}", "tokenizer"):
+                    shutil.copytree(folders[whole] / part, folder / part)
         if rank == 0:
             write_atomically(attempt.plan, json.dumps(data))
         _barrier()
@@ -55,7 +68,10 @@ def run_cell(cell: dict[str, Any], folder: Path, rank: int) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "losses": [row["loss"] for row in rows if "loss" in row],
-        "skipped": sum(bool(row.get("skipped")) for row in rows),
+        "skipped": [bool(row["skipped"]) for row in rows if "loss" in row],
+        "scales": [row["loss_scale"] for row in rows if "loss" in row],
+        "wire": sorted(WIRE),
+        "ranks": _of_every_rank(_what_this_rank_holds()),
         "passed": report["passed"],
         "audit": {check["what"]: check["found"] for check in report["checks"]},
     }
@@ -74,6 +90,63 @@ def _forget_the_last_one() -> None:
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
 
 
+def _watch_what_is_made_and_sent() -> None:
+    """Keep the trainer that the session makes, and note the formats of the sums over ranks."""
+    import torch.distributed as dist
+
+    from mpt.training import session
+
+    class KeptTrainer(session.PlanTrainer):
+        def __init__(self, **keywords: Any) -> None:
+            super().__init__(**keywords)
+            TRAINERS[:] = [self]
+
+    session.PlanTrainer = KeptTrainer  # type: ignore[misc]
+    summed = dist.all_reduce
+
+    @functools.wraps(summed)
+    def noting(tensor: Any, *arguments: Any, **keywords: Any) -> Any:
+        if tensor.numel() > 1000:
+            WIRE.add(str(tensor.dtype).removeprefix("torch."))
+        return summed(tensor, *arguments, **keywords)
+
+    dist.all_reduce = noting
+
+
+def _what_this_rank_holds() -> dict[str, Any]:
+    """Hash this rank's weights, and what its optimizer updates; and say which shard the optimizer rounds for."""
+    from mpt.training import findings
+
+    trainer = TRAINERS[0]
+    is_deepspeed = trainer.is_deepspeed_enabled
+    optimizer = findings.innermost(trainer.model_wrapped.optimizer if is_deepspeed else trainer.optimizer)
+    moments = [value for entry in optimizer.state.values() for value in entry.values() if hasattr(value, "numel")]
+    return {
+        "weights": _hash(trainer.model.parameters()),
+        "moments": _hash(moments),
+        "shard": getattr(optimizer, "shard", None),
+    }
+
+
+def _hash(tensors: Any) -> str:
+    import torch
+
+    found = hashlib.blake2b()
+    for tensor in tensors:
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _of_every_rank(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return every
+
+
 def _barrier() -> None:
     import torch.distributed as dist
 
@@ -89,9 +162,12 @@ def main() -> None:
     quiet_libraries()
     cells = json.loads(Path(sys.argv[1]).read_text())
     out = Path(sys.argv[2])
+    _watch_what_is_made_and_sent()
     results: dict[str, Any] = {}
-    for number, cell in enumerate(cells):
-        results[cell["name"]] = run_cell(cell, out.parent / f"cell-{number:03d}", rank)
+    folders = {cell["name"]: out.parent / f"cell-{number:03d}" for number, cell in enumerate(cells)}
+    for cell in cells:
+        WIRE.clear()
+        results[cell["name"]] = run_cell(cell, folders[cell["name"]], rank, folders)
         if rank == 0:
             out.write_text(json.dumps(results))
 

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from mpt.errors import UnsupportedError
 from tests.training.tiny_runs import FP16, Run, continue_from
 
 pytestmark = pytest.mark.slow
@@ -102,12 +101,6 @@ def test_what_is_not_finite_stops_every_process_before_the_update(
     assert [event["kind"] for event in run.events].count("diverged") == 1
     for folder in run.directory.checkpoints.glob("checkpoint-*"):
         assert all(tensor.isfinite().all() for tensor in run.weights(folder).values())
-
-
-@pytest.mark.skipif(has_fp16_engine(), reason="this CPU has AVX512-FP16")
-def test_fp16_under_deepspeed_on_a_cpu_without_it_is_refused(new_run: MakeRun) -> None:
-    with pytest.raises(UnsupportedError, match="DeepSpeed has no fp16 on"):
-        new_run(**two_processes("zero2", precision=FP16)).prepare()
 
 
 @NEEDS_FP16

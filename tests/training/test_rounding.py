@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpt.planning.second_moment import second_moment_decays
+from mpt.planning.moments import moment_error, moments_fit_bf16
 from mpt.training.precision.pure_bf16 import PureBf16AdamW
 from mpt.training.precision.rounding import BF16_MAX, draw_bits, round_stochastically, stream_seed
 from tests.training.tiny_runs import LLAMA
@@ -248,11 +248,52 @@ def test_a_bf16_second_moment_keeps_what_it_should_forget(beta2: float, state_dt
     assert optimizer.state[weight]["exp_avg_sq"].item() == pytest.approx(kept, rel=1e-3, abs=1e-9)
 
 
-@pytest.mark.parametrize("beta2", [0.9, 0.99, 0.996, 257 / 258 - 1e-6, 257 / 258 + 1e-6, 0.9975, 0.999, 0.9999])
-def test_the_rule_for_beta2_is_that_of_bf16_arithmetic(beta2: float) -> None:
-    every = torch.arange(128, 256, dtype=torch.float32)
-    moved = (every * beta2).bfloat16() != every.bfloat16()
-    assert second_moment_decays(beta2) is bool(moved.all())
+# Constants at both ends and in the middle of a binade: how large a unit is against them differs by two.
+CONSTANTS = [2.0 ** (place / 32) for place in range(32)]
+
+
+def settle(beta: float, start: float, *, first: bool = False) -> torch.Tensor:
+    """Let bf16 moments of constants settle from `start` times their average; give them as shares of it."""
+    weight = weight_of(torch.ones(len(CONSTANTS)))
+    average = torch.tensor(CONSTANTS)
+    gradients = average if first else average.sqrt()
+    weight.grad_dtype = None  # any: bf16 would round the constants themselves
+    weight.grad = gradients
+    betas = (beta, 0.5) if first else (0.5, beta)
+    optimizer = PureBf16AdamW([weight], lr=0.0, betas=betas, state_dtype=torch.bfloat16)
+    optimizer.step()
+    moment = optimizer.state[weight]["exp_avg" if first else "exp_avg_sq"]
+    moment.copy_(start * average)
+    for _ in range(1200):
+        optimizer.step()
+    settled = moment.clone()
+    for _ in range(5):
+        optimizer.step()
+    assert torch.equal(moment, settled)  # and there it stays
+    return moment.float() / average
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["second moment", "first moment"])
+@pytest.mark.parametrize("beta", [0.9, 0.95, 0.98, 0.99])
+def test_a_bf16_moment_stops_short_of_its_average_by_what_the_rule_says(beta: float, first: bool) -> None:
+    from_above, from_below = settle(beta, 100.0, first=first), settle(beta, 0.01, first=first)
+    bound = moment_error(beta)
+    assert from_above.min() >= 1 and from_below.max() <= 1
+    assert 0.85 * bound < from_above.max() - 1 <= bound  # the bound is of the worst place in a binade
+    assert 0.85 * bound / (1 + 2 * bound) < 1 - from_below.min() <= bound
+    assert moments_fit_bf16(0.9, beta) is (from_above.max() <= 1.1).item()
+
+
+@pytest.mark.parametrize("start", [100.0, 0.01])
+def test_an_fp32_moment_reaches_its_average(start: float) -> None:
+    weight = weight_of([1.0])
+    weight.grad = torch.full_like(weight, 0.5)
+    optimizer = PureBf16AdamW([weight], lr=0.0, betas=(0.9, 0.99))
+    optimizer.step()
+    optimizer.state[weight]["exp_avg_sq"].fill_(0.25 * start)
+    for _ in range(3000):
+        optimizer.step()
+    assert optimizer.state[weight]["exp_avg_sq"].item() == pytest.approx(0.25, rel=1e-3)
 
 
 # --- randomness

@@ -132,6 +132,16 @@ def test_a_pattern_that_matches_no_linear_layer_is_an_error(pattern: str) -> Non
         choose_float8_layers(llama(2), recipe="tensorwise", keep_patterns=[pattern])
 
 
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [("*.k_porj", "*.k_proj"), ("*.MLP", "*.mlp"), ("up_proj", "*.up_proj"), ("lm_haed", "lm_head"), ("zzz", None)],
+)
+def test_a_pattern_that_keeps_nothing_lists_near_names(pattern: str, near: str | None) -> None:
+    with pytest.raises(MptError, match="matches no linear layer") as raised:
+        choose_float8_layers(llama(2), recipe="tensorwise", keep_patterns=[pattern])
+    assert (f"did you mean {near}" in raised.value.problem) is (near is not None)
+
+
 def test_the_shape_rule_applies_only_when_asked_for() -> None:
     small = linear("layers.0.a", 4096, 1024)
     assert why(small)[0]

@@ -12,7 +12,7 @@ from mpt.planning.float8_engine import check_recomputed, choose_compile
 from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.plan import Plan, resolve
 from mpt.recipe.schema import Recipe
-from mpt.terms import DeviceKind, Feature
+from mpt.terms import DeviceKind, Feature, Strategy
 from tests.unit.module_lists import LLAMA, llama_modules
 
 # Large enough for torchao's rule of which layers gain.
@@ -249,6 +249,17 @@ def test_without_fp8_nothing_is_compiled_unasked() -> None:
     assert "torch_compile" not in plan.training_arguments
 
 
+@pytest.mark.parametrize(("strategy", "compiled"), [("ddp", True), ("zero1", True), ("zero2", True), ("zero3", False)])
+def test_fp8_is_compiled_by_default_but_not_where_zero3_would_break_every_graph(strategy: str, compiled: bool) -> None:
+    fp8 = {"mode": "fp8", "fp8": {"auto_filter": False}}
+    plan = plan_of("8xH100", fp8, distributed={"strategy": strategy})
+    decision = plan.values["compile"]
+    assert (decision.value, decision.origin) == (compiled, Origin.AUTO)
+    assert ("ZeRO-3 gathers" in decision.reason) is not compiled
+    asked = plan_of("8xH100", fp8, distributed={"strategy": strategy}, training={"torch_compile": True})
+    assert asked.value("compile") is True
+
+
 DELAYED = {"backend": "transformer_engine", "recipe": "delayed", "emulated": False}
 TORCHAO = {"backend": "torchao", "recipe": "tensorwise", "emulated": False}
 
@@ -259,9 +270,9 @@ def test_delayed_scaling_is_not_compiled(key: str) -> None:
         {"model": "gpt2", "data": "text.txt", "training": {key: True if key == "torch_compile" else "inductor"}}
     )
     with pytest.raises(MptError, match=f"{key} asks for torch.compile"):
-        choose_compile(recipe, DELAYED)
-    assert choose_compile(recipe, TORCHAO).value is True
-    assert choose_compile(recipe, None).value is True
+        choose_compile(recipe, DELAYED, Strategy.SINGLE)
+    assert choose_compile(recipe, TORCHAO, Strategy.ZERO3).value is True
+    assert choose_compile(recipe, None, Strategy.SINGLE).value is True
 
 
 @pytest.mark.parametrize(("fp8", "checkpointing", "allowed"), [(DELAYED, True, False), (DELAYED, False, True),

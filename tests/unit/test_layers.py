@@ -131,6 +131,9 @@ def test_an_island_says_which_pattern_made_it() -> None:
         ("model.layers.*.mlp.donw_proj", "did you mean *.down_proj"),
         ("model.layers.3.mlp", "did you mean *.mlp?"),
         ("transformer.h.0.attn.c_attn", "matches no module of the model"),
+        ("modle", "did you mean model?"),  # *.model would match nothing
+        ("LM_Head", "did you mean lm_head?"),
+        ("*.MLP", "did you mean *.mlp?"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_an_error_with_near_names(pattern: str, hint: str) -> None:
@@ -308,6 +311,61 @@ def test_what_chooses_layers_by_itself_has_no_place_beside_patterns_in_mode_bf16
     with pytest.raises(ValueError, match=next(iter(fp8))):
         PrecisionSection.model_validate({"mode": "bf16", "layers": {"*.mlp": "fp8"}, "fp8": fp8})
     assert precisions({"*.mlp": "fp8"}, fp8={"backend": "torchao", "recipe": "rowwise"})["lm_head"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept", "precision"),
+    [
+        (LINEAR[5], "*.mlp", "fp8"),  # the module's own name goes before a wildcard, whoever says it
+        ("*.mlp", LINEAR[5], "bf16"),
+        ("model.layers.0", LINEAR[5], "bf16"),
+        ("model.layers.0", "*.up_proj", "fp8"),
+    ],
+)
+def test_of_asked_and_kept_the_closer_name_wins(asked: str, kept: str, precision: str) -> None:
+    fp8 = {"keep_high_precision": [kept], "auto_filter": False}
+    assert precisions({asked: "fp8"}, "fp8", fp8=fp8)[LINEAR[5]] == precision
+
+
+# --- mixtures of experts, and what only looks like a linear layer
+
+EXPERTS = ModuleShape("model.layers.0.mlp.experts", "experts", 0, 0, 98304)
+MIXTURE = (*(module for module in MODULES if ".0.mlp." not in module.name), EXPERTS)
+
+
+@pytest.mark.parametrize("layers", [None, {"model.layers.1": "fp8"}], ids=str)
+def test_fused_experts_are_listed_as_what_fp8_does_not_take(layers: Any) -> None:
+    keys: dict[str, Any] = {} if layers else {"fp8": {"auto_filter": False}}
+    decision = decide(layers, "bf16" if layers else "fp8", modules=MIXTURE, **keys)
+    assert decision.value is not None
+    (entry,) = [entry for entry in decision.value["modules"] if entry["name"] == EXPERTS.name]
+    assert (entry["precision"], entry["reason"]) == ("bf16", "fused experts: fp8 takes torch.nn.Linear alone")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted", "mode", "says"),
+    [
+        ("*.experts", "fp8", "bf16", "fused experts: fp8 takes torch.nn.Linear alone"),
+        ("model.layers.0.mlp", "fp8", "fp8", "fused experts: fp8 takes torch.nn.Linear alone"),
+        ("*.experts", "bf16", "fp32", "in the model's own precision or in fp32"),
+    ],
+)
+def test_a_pattern_that_means_fused_experts_alone_is_told_so(pattern: str, wanted: str, mode: str, says: str) -> None:
+    error = refused({pattern: wanted}, mode, modules=MIXTURE)
+    assert f'"{pattern}": {wanted} means {EXPERTS.name}' in error.problem and says in error.problem
+    assert precisions({"*.experts": "fp32"}, "bf16", modules=MIXTURE)[EXPERTS.name] == "fp32"
+
+
+def test_a_subclass_of_a_linear_layer_is_refused_before_a_worker_would() -> None:
+    modules = (*MODULES, ModuleShape("model.layers.2.router", "linear subclass", 64, 64, 4096))
+    found = decide(mode="fp8", modules=modules, fp8={"auto_filter": False}).value
+    assert found is not None
+    (entry,) = [entry for entry in found["modules"] if entry["name"] == "model.layers.2.router"]
+    assert entry["precision"] == "bf16"
+    assert entry["reason"] == "a subclass of torch.nn.Linear: fp8 takes torch.nn.Linear alone"
+    error = refused({"*.router": "fp8"}, modules=modules)
+    assert "model.layers.2.router is a subclass of torch.nn.Linear" in error.problem
+    assert precisions({"*.router": "fp32"}, modules=modules)["model.layers.2.router"] == "fp32"
 
 
 # --- islands and what holds them

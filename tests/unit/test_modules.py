@@ -59,6 +59,28 @@ def test_the_model_itself_lists_its_modules_with_kinds_sizes_head_and_ties(
 
 
 @pytest.mark.parametrize(
+    ("config", "kinds"),
+    [
+        ({"model_type": "mixtral"}, {"mlp.experts": "experts", "mlp.gate": "other"}),
+        (
+            {"model_type": "llama4_text", "intermediate_size_mlp": 128},
+            {"feed_forward.experts": "experts", "feed_forward.router": "linear subclass"},
+        ),
+    ],
+)
+def test_fused_experts_and_subclasses_of_linear_layers_are_told_from_linear_layers(
+    config: dict[str, Any], kinds: dict[str, str]
+) -> None:
+    facts = pytest.importorskip("mpt.training.facts", reason="transformers is not installed")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    mixture = {"num_key_value_heads": 2, "num_local_experts": 4, "vocab_size": 320}
+    listed = facts.list_modules({"config": sizes | mixture | config, "task": "causal_lm"})
+    found = {entry["name"]: entry["kind"] for entry in listed}
+    assert {name: found[f"model.layers.0.{name}"] for name in kinds} == kinds
+    assert found["model.layers.0.self_attn.q_proj"] == "linear"
+
+
+@pytest.mark.parametrize(
     ("precision", "asks"),
     [
         ("auto", False),

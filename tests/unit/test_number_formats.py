@@ -37,6 +37,7 @@ def formats(
     *,
     checkpoint: str | None = None,
     has_islands: bool = False,
+    beta1: float = 0.9,
     beta2: float = 0.999,
     optimizer: str = "adamw_torch_fused",
     **section: Any,
@@ -48,7 +49,7 @@ def formats(
         method,
         checkpoint,
         has_islands=has_islands,
-        beta2=beta2,
+        betas=(beta1, beta2),
         optimizer=optimizer,
     )
 
@@ -119,7 +120,7 @@ def test_islands_under_deepspeed_keep_every_weight_in_fp32(mode: str, strategy: 
 
 
 @pytest.mark.parametrize("strategy", [*PLAIN, *ZERO])
-def test_pure_bf16_keeps_all_in_bf16_but_a_second_moment_that_would_never_decay(strategy: Strategy) -> None:
+def test_pure_bf16_keeps_all_in_bf16_but_moments_that_would_stop_short(strategy: Strategy) -> None:
     expected = ("bf16", "bf16", "bf16", "fp32", "bf16", "bf16", None, None, "stochastic")
     assert values("bf16_pure", strategy) == expected
     assert values("bf16_pure", strategy, beta2=0.95) == (*expected[:3], "bf16", *expected[4:])
@@ -148,12 +149,15 @@ def test_a_bf16_checkpoint_gets_fp32_master_weights_and_the_reason_says_so() -> 
 
 @pytest.mark.parametrize(
     ("beta2", "dtype"),
-    [(0.9, "bf16"), (0.95, "bf16"), (0.996, "bf16"), (257 / 258, "bf16"), (0.9962, "fp32"), (0.999, "fp32")],
+    [(0.8, "bf16"), (0.95, "bf16"), (0.957, "bf16"), (0.958, "fp32"), (0.99, "fp32"), (0.999, "fp32")],
 )
-def test_a_bf16_second_moment_needs_a_beta2_with_which_it_decays(beta2: float, dtype: str) -> None:
-    decision = formats("bf16_pure", beta2=beta2)["optimizer_state_dtype"]
-    assert (decision.value, decision.origin) == (dtype, Origin.AUTO)
-    assert f"{beta2:g}" in decision.reason
+def test_moments_in_bf16_need_a_beta_with_which_they_follow_the_gradients(beta2: float, dtype: str) -> None:
+    for key, betas in (("adam_beta2", {"beta2": beta2}), ("adam_beta1", {"beta1": beta2, "beta2": 0.5})):
+        decision = formats("bf16_pure", **betas)["optimizer_state_dtype"]
+        assert (decision.value, decision.origin) == (dtype, Origin.AUTO)
+        told = f"{key} {beta2:g}" if beta2 > 0.9 or key == "adam_beta1" else "adam_beta1 0.9"
+        assert told in decision.reason
+        assert "average" in decision.reason or "anywhere" in decision.reason
     assert value("optimizer_state_dtype", "bf16", beta2=beta2) == "fp32"  # elsewhere it is fp32 whatever beta2 is
 
 

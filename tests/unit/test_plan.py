@@ -79,7 +79,7 @@ def test_a_plan_of_another_version_is_refused() -> None:
         ("A100-80GB", {"precision": "fp32"}, ("fp32", None, "fp32", "fp32", "fp32")),
         ("T4", {}, ("fp16", "fp16", "fp32", "fp32", "fp32")),
         ("8xA100-80GB", {"distributed": {"strategy": "zero2"}}, ("bf16", None, "bf16", "fp32", "fp32")),
-        # A bf16 second moment would never decay with the default beta2 of 0.999.
+        # With the default beta2 of 0.999 a bf16 second moment would never move.
         ("A100-80GB", {"precision": "bf16_pure"}, ("bf16_pure", None, "bf16", "bf16", "fp32")),
         (
             "A100-80GB",

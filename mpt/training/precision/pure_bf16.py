@@ -7,7 +7,7 @@ bits come from.
 
 Why not torchao's `_AdamW(bf16_stochastic_round=True)` (0.18.0, read and run): it draws from the global generator, so
 that replicas whose random states differ drift apart without a word; it keeps the moments in the format of the weights,
-where a second moment with beta2 0.999 never decays; and it compiles its step.
+where a second moment with beta2 0.999 never moves; and it compiles its step.
 Imports torch and `rounding` alone, so that both files can be copied as they are.
 """
 
