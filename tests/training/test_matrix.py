@@ -100,10 +100,13 @@ def expected(precision: str, engine: str, method: str) -> dict[str, Any]:
     }
     if engine == "ddp" or is_zero:
         truth["reduce_dtype"] = "fp32"
+    if is_zero:
+        truth |= {"sums over ranks": ["fp32"], "gradient_dtype": [half] if casts else ["fp32"]}
     if precision == "bf16_pure":
         truth |= {"weights_dtype": ["bf16"], "master_weights_dtype": ["bf16"], "rounding": "stochastic"}
         truth |= {key: "bf16" for key in ("grad_accum_dtype", "reduce_dtype") if key in truth}
         truth["grad_accum_dtype"] = "bf16" if is_zero else ["bf16"]
+        truth |= {key: ["bf16"] for key in ("sums over ranks", "gradient_dtype") if key in truth}
     if precision == "fp8":
         truth["fp8 modules"] = 12
     if precision == "islands":
@@ -115,6 +118,7 @@ def expected(precision: str, engine: str, method: str) -> dict[str, Any]:
         truth["weights_dtype"] = ["fp32"] if wide or half is None else [half]
         truth["adapter_dtype"] = [half] if casts and engine != "zero3" else ["fp32"]
         truth["has adapters"] = True
+        truth |= {"gradient_dtype": truth["adapter_dtype"]} if is_zero else {}
     return truth
 
 
@@ -160,7 +164,10 @@ EXTRA_TRUTHS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("islands in bf16_pure", "ddp"): {"island lm_head": ["fp32"], "weights of fp32 islands": ["fp32"],
                                       "reduce_dtype": "bf16"},
-    **{("bf16 sums", engine): {"reduce_dtype": "bf16", "grad_accum_dtype": "fp32"} for engine in ENGINES[2:]},
+    **{
+        ("bf16 sums", engine): {"reduce_dtype": "bf16", "sums over ranks": ["bf16"], "grad_accum_dtype": "fp32"}
+        for engine in ENGINES[2:]
+    },
     **{("bf16 accumulation", engine): {"reduce_dtype": "fp32", "grad_accum_dtype": "bf16"} for engine in ENGINES[2:]},
     ("auto", "single"): {},
     ("scale that grows", "ddp"): {"loss_scale": 256.0},
