@@ -97,8 +97,32 @@ def _micro_batch(recipe: Recipe, plan: Plan, values: Mapping[str, Any]) -> Recip
     return with_keys(recipe, {"micro_batch_size": _largest_part(plan, wanted)})
 
 
+def _retry(recipe: Recipe, plan: Plan, values: Mapping[str, Any]) -> Recipe:
+    """Change nothing: to have gone back is all."""
+    return recipe
+
+
+def _learning_rate(recipe: Recipe, plan: Plan, values: Mapping[str, Any]) -> Recipe:
+    """Set the rate; the trainer warms it up again (`Plan.repairs`)."""
+    return with_keys(recipe, {"training.learning_rate": values["learning_rate"]})
+
+
+def _precision(recipe: Recipe, plan: Plan, values: Mapping[str, Any]) -> Recipe:
+    """Set the mode. Of the rest of the block stays what every mode has: sums over ranks and over micro batches."""
+    kept = {"mode": values["mode"]}
+    for key in ("reduce_dtype", "grad_accum_dtype"):
+        if getattr(recipe.precision, key) == "fp32":
+            kept[key] = "fp32"
+    return with_keys(recipe, {"precision": kept})
+
+
 # Each gets the recipe as the repairs before it left it, the plan without any repair, and the repair's values.
-KINDS: dict[str, Callable[[Recipe, Plan, Mapping[str, Any]], Recipe]] = {"micro_batch": _micro_batch}
+KINDS: dict[str, Callable[[Recipe, Plan, Mapping[str, Any]], Recipe]] = {
+    "micro_batch": _micro_batch,
+    "retry": _retry,
+    "learning_rate": _learning_rate,
+    "precision": _precision,
+}
 
 
 def with_keys(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe:

@@ -383,6 +383,35 @@ class RestartSection(Section):
         return self
 
 
+class RecoverySection(Section):
+    """What is done where the numbers go bad for good: the run goes back to a checkpoint that is known to be good, and
+    on from there under the next of these changes. After the last it ends with exit code 81 and says what was tried."""
+
+    rungs: list[Literal["retry", "lower_learning_rate", "raise_precision"]] = [
+        "retry",
+        "lower_learning_rate",
+        "raise_precision",
+    ]
+    """In this order. retry: unchanged, once for an event at a position. lower_learning_rate: twice at most.
+    raise_precision: fp8, mxfp8, fp16 and bf16_pure to bf16 where it is native, else to fp32; bf16 to fp32. A loss scale
+    that can give no more room and an fp16 overflow in the forward pass come to raise_precision at once. An empty list:
+    exit code 81 at once."""
+    margin: Annotated[Integer, Field(ge=0)] = 100
+    """Steps before the event's first one that a known-good checkpoint must lie, where there is such a one."""
+    learning_rate_factor: Annotated[Number, Field(gt=0, lt=1)] = 0.5
+    """What the learning rate is multiplied by."""
+    rewarm_steps: Annotated[Integer, Field(ge=0)] = 100
+    """Steps in which a lowered learning rate is warmed up again."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.rungs)) != len(self.rungs):
+            raise ValueError("rungs names one twice; each is climbed as often as it may be anyway")
+        if "lower_learning_rate" not in self.rungs and {"learning_rate_factor", "rewarm_steps"} & self.model_fields_set:
+            raise ValueError("learning_rate_factor and rewarm_steps are for lower_learning_rate; add it to rungs")
+        return self
+
+
 class HealthSection(Section):
     """What the run's numbers may do before something is done about them. Non-finite numbers never reach the weights,
     whatever stands here. To roll back is to end the attempt at the numbers, before they spoil a checkpoint."""
@@ -518,6 +547,8 @@ class Recipe(Section):
     """Text to generate at the end; a text is its `prompt`."""
     restart: RestartSection = RestartSection()
     """What the supervisor does about crashes, hangs, too little memory, and time that runs out."""
+    recovery: RecoverySection = RecoverySection()
+    """What is done where the numbers go bad for good."""
     health: HealthSection = HealthSection()
     """What the run's numbers may do before something is done about them."""
     compare: CompareSection | None = None

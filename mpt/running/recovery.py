@@ -9,6 +9,7 @@ from mpt.errors import ExitCode
 from mpt.planning.repair import Repair
 from mpt.recipe.schema import RestartSection
 from mpt.running.hang import Hang
+from mpt.running.ladder import Rung
 
 # Another try would end the same way.
 FINAL_FAILURES = (
@@ -70,12 +71,16 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Try again from the newest checkpoint, after a pause, under a changed plan where there is a `repair`."""
+    """Try again from the newest checkpoint, after a pause, under a changed plan where there is a `repair`.
+
+    `onset`: from a checkpoint before that step, where the numbers went bad.
+    """
 
     reason: str
     after_s: float
     history: History
     repair: Repair | None = None
+    onset: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +94,18 @@ class Stop:
 
 
 def decide(
-    ended: Ended, history: History, policy: RestartSection, *, smaller_batch: Repair | None = None
+    ended: Ended,
+    history: History,
+    policy: RestartSection,
+    *,
+    smaller_batch: Repair | None = None,
+    rung: Rung | None = None,
+    tried: str = "nothing",
 ) -> Restart | Stop:
     """Judge an ended attempt by what was tried before it.
 
-    `smaller_batch` is the repair for too little memory, None where the micro batch is 1 already.
+    `smaller_batch` is the repair for too little memory, None where the micro batch is 1 already. `rung` is what to try
+    next where the numbers went bad, None where nothing is left, and `tried` what was.
     """
     word = ended.word
     if word is not None and word["kind"] == "finished":
@@ -106,12 +118,7 @@ def decide(
             "The same command goes on from there.",
         )
     if word is not None and word["kind"] == "diverged":
-        return Stop(
-            Outcome.DIVERGED,
-            ExitCode.DIVERGED,
-            f"{word['reason']} (step {word['step']}, {word['code']})",
-            LOSS_SCALE_REMEDY if word["what"] == "loss_scale" else DIVERGED_REMEDY,
-        )
+        return _after_bad_numbers(word, ended, history, policy, rung, tried)
     if word is not None and word["exit_code"] in FINAL_FAILURES:
         return Stop(Outcome.FAILED, ExitCode(word["exit_code"]), word["problem"], word["remedy"])
     cause = _cause(ended)
@@ -125,6 +132,20 @@ def decide(
     if word is not None and word["exit_code"] == ExitCode.OUT_OF_MEMORY and ended.hang is None:
         return _with_less_memory(word, ended, history, policy, smaller_batch)
     return _again(cause, ended, history, policy)
+
+
+def _after_bad_numbers(
+    word: dict[str, Any], ended: Ended, history: History, policy: RestartSection, rung: Rung | None, tried: str
+) -> Restart | Stop:
+    """Climb a rung, from a checkpoint before the event; to go back on purpose is no attempt in vain."""
+    if rung is not None and ended.stop_signal is None and history.restarts < policy.max_restarts:
+        return Restart(rung.reason, 0.0, History(history.restarts + 1, history.fruitless), rung.repair, word["onset"])
+    return Stop(
+        Outcome.DIVERGED,
+        ExitCode.DIVERGED,
+        f"{word['reason']} (step {word['step']}, {word['code']}); tried: {tried}",
+        LOSS_SCALE_REMEDY if word["what"] == "loss_scale" else DIVERGED_REMEDY,
+    )
 
 
 def _again(cause: str, ended: Ended, history: History, policy: RestartSection) -> Restart | Stop:

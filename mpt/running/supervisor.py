@@ -6,18 +6,20 @@ goes on from the directory.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from mpt.errors import MptError, StorageError
 from mpt.planning.plan import Plan
-from mpt.planning.repair import halve_micro_batch
+from mpt.planning.repair import Repair, halve_micro_batch
 from mpt.running import checkpoints
 from mpt.running.attempt import POLL_S, Attempt, BuildCommand, Fault, View
 from mpt.running.deadline import Deadline, deadline_of
 from mpt.running.journal import Journal, read_events
+from mpt.running.ladder import Rung, next_rung, tried
 from mpt.running.launcher import build_command
-from mpt.running.recovery import History, Outcome, Stop, decide, interrupted
+from mpt.running.lineage import quarantine_later
+from mpt.running.recovery import Ended, History, Outcome, Stop, decide, interrupted
 from mpt.running.repairs import repaired, repairs_of, to_event
 from mpt.running.run_directory import RunDirectory
 from mpt.running.signals import StopWish
@@ -71,12 +73,21 @@ def _until_it_ends(
     while wish.signal is None:
         attempt = Attempt(current, run, _newest_attempt(run) + 1, view, wish, environment, deadline, seen, fault)
         ended = attempt.carry_out(start_from, build)
-        verdict = decide(ended, history, policy, smaller_batch=halve_micro_batch(current))
+        verdict = decide(
+            ended,
+            history,
+            policy,
+            smaller_batch=halve_micro_batch(current),
+            rung=_next_rung(ended, repairs, current),
+            tried=tried(repairs),
+        )
         attempt.close(ended, verdict)
         if isinstance(verdict, Stop):
             return verdict
         history, fault = verdict.history, attempt.fault
         view.note(f"{verdict.reason}: restart {history.restarts} of {policy.max_restarts}")
+        if verdict.onset is not None:  # before the change is journalled: a kill between is a retry
+            _go_back(run, attempt.journal, view, verdict.onset, plan.recipe.recovery.margin)
         if verdict.repair is not None:
             repairs = (*repairs, verdict.repair)
             changed = repaired(plan, repairs)
@@ -93,6 +104,21 @@ def _until_it_ends(
         loses_steps=False,
         has_checkpoint=has_checkpoint,
     )
+
+
+def _next_rung(ended: Ended, repairs: Sequence[Repair], plan: Plan) -> Rung | None:
+    word = ended.word
+    if word is None or word["kind"] != "diverged":
+        return None
+    return next_rung(word, repairs, plan, plan.recipe.recovery)
+
+
+def _go_back(run: RunDirectory, journal: Journal, view: View, onset: int, margin: int) -> None:
+    """Give up what came after the best checkpoint before `onset`: it is the newest one then."""
+    target = checkpoints.roll_back_target(run, onset, margin)
+    where = "the beginning" if target is None else target.path.name
+    view.note(f"going back to {where}")
+    quarantine_later(run, journal, 0 if target is None else target.step, f"the numbers went bad at step {onset}")
 
 
 def _newest_attempt(run: RunDirectory) -> int:

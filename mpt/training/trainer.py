@@ -4,7 +4,7 @@ checkpoints are staged and committed, metrics are written each step, a stop is a
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,21 @@ class PlanTrainer(Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        hold_learning_rate(self.optimizer, self.lr_scheduler, self.args.learning_rate)
+        if hold_learning_rate(self.optimizer, self.lr_scheduler, self.args.learning_rate):
+            self._rewarm(int(Path(checkpoint).name.rpartition("-")[2]))
         if self.is_deepspeed_enabled and self.plan.value("loss_scale") is not None:
             hold_deepspeed_knobs(self.model_wrapped.optimizer, self.plan.value("loss_scale"))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Take over the loss scale, unless recovery has left fp16 since: then there is none any more."""
+        if self.scaler is not None:
+            super()._load_scaler(checkpoint)
+
+    def _rewarm(self, start: int) -> None:
+        """Let a rate that recovery has lowered begin small once more after step `start`."""
+        steps = [repair["values"]["warmup_steps"] for repair in self.plan.repairs if repair["kind"] == "learning_rate"]
+        if steps and steps[-1] and hasattr(self.lr_scheduler, "lr_lambdas"):
+            warm_up_again(self.optimizer, self.lr_scheduler, steps[-1], lambda: self.state.global_step - start)
 
     # --- the step
 
@@ -382,12 +394,13 @@ class WatchedEngine(DeepSpeedEngineWrapper):
         watch.conclude(applied=engine.was_step_applied(), grad_norm=float(norm) if norm is not None else 0.0)
 
 
-def hold_learning_rate(optimizer: Any, scheduler: Any, rate: float) -> None:
-    """Let `rate` be what the schedule multiplies, where a checkpoint brought another one.
+def hold_learning_rate(optimizer: Any, scheduler: Any, rate: float) -> bool:
+    """Let `rate` be what the schedule multiplies, where a checkpoint brought another one; say whether it did.
 
     A checkpoint's optimizer and scheduler carry the rate of back then, and torch takes it over the caller's. Nothing
     moves where it is the same.
     """
+    is_other = any(group.get("initial_lr", rate) != rate for group in optimizer.param_groups)
     for group in optimizer.param_groups:
         before = group.get("initial_lr", rate)
         if before != rate:
@@ -396,6 +409,20 @@ def hold_learning_rate(optimizer: Any, scheduler: Any, rate: float) -> None:
     if any(base != rate for base in getattr(scheduler, "base_lrs", ())):
         scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return is_other
+
+
+def warm_up_again(optimizer: Any, scheduler: Any, steps: int, passed: Callable[[], int]) -> None:
+    """Multiply a LambdaLR's rates by a ramp over `steps` steps, of which `passed()` are over."""
+
+    def ramp(ahead: int) -> float:
+        return min(1.0, (max(0, passed()) + ahead) / steps)
+
+    # The schedule is asked inside a step, for the rate of the next one.
+    scheduler.lr_lambdas = [lambda step, planned=planned: planned(step) * ramp(2) for planned in scheduler.lr_lambdas]
+    for group in optimizer.param_groups:
+        group["lr"] *= ramp(1)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 @contextmanager
