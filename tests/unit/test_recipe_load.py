@@ -440,9 +440,7 @@ def test_a_duration_is_seconds_or_a_number_with_its_unit(folder: Path, text: str
     assert Recipe.model_validate(recipe.model_dump(mode="json", exclude_unset=True)) == recipe
 
 
-@pytest.mark.parametrize(
-    "text", ["soon", "-1", "30 m", "30M", "m", "1:30", "true", "[30m]", "1e99", "''"]
-)
+@pytest.mark.parametrize("text", ["soon", "-1", "30 m", "30M", "m", "1:30", "true", "[30m]", "1e99", "''"])
 def test_what_is_no_duration_is_refused_with_examples(folder: Path, text: str) -> None:
     problem = only(folder, f"{MINIMAL}restart: {{stop_before: {text}}}\n")
     assert (problem.line, problem.key) == (3, "restart.stop_before")
