@@ -46,6 +46,7 @@ class Thresholds:
     max_overflow_share: float
     max_steps_without_update: int
     dead_after: int
+    known_good_after: int
 
 
 @dataclass(slots=True)
@@ -78,6 +79,7 @@ class HealthMonitor:
     ) -> None:
         bounds = thresholds
         self.is_scaled = is_scaled
+        self.known_good_after = bounds.known_good_after
         self._judges_spikes = bounds.spikes
         self._non_finite = NonFinite(max_in_a_row=bounds.max_bad_in_a_row, max_in_1000=bounds.max_bad_in_1000)
         self._overflows = Overflows(

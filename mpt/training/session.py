@@ -167,7 +167,7 @@ def build_arguments(plan: Plan, run: RunDirectory) -> TrainingArguments:
 
 def build_monitor(plan: Plan) -> HealthMonitor:
     """Build what watches the numbers, by the recipe's `health:` block."""
-    thresholds = Thresholds(**plan.recipe.health.model_dump(exclude={"known_good_after"}))
+    thresholds = Thresholds(**plan.recipe.health.model_dump())
     # The loss of every other task is no cross entropy over the vocabulary.
     vocabulary = plan.facts.vocab_size if plan.value("task") == Task.CAUSAL_LM else None
     scale = plan.value("loss_scale")

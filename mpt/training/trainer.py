@@ -292,8 +292,9 @@ class PlanTrainer(Trainer):
 
     def promote(self) -> None:
         """Say which checkpoints have proved good: enough healthy updates were made after them."""
-        enough, step = self.plan.recipe.health.known_good_after, self.state.global_step
-        if not self.watch.is_writer or self.watch.health.healthy_steps < enough:
+        health, step = self.watch.health, self.state.global_step
+        enough = health.known_good_after
+        if not self.watch.is_writer or health.healthy_steps < enough:
             return
         for candidate in [saved for saved in self._candidates if saved + enough <= step]:
             self._candidates.remove(candidate)

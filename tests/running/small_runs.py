@@ -30,6 +30,7 @@ def small_plan(
     zero_stage: int = 0,
     micro_batch_size: int = 1,
     compare: dict[str, Any] | None = None,
+    recovery: dict[str, Any] | None = None,
     **restart: Any,
 ) -> Plan:
     """Plan a tiny model on a CPU; the small worker obeys of it only where to resume. `restart` is that block."""
@@ -43,7 +44,7 @@ def small_plan(
             "restart": {"max_restarts": 3} | restart,
             "distributed": {"processes_per_node": processes, "strategy": f"zero{zero_stage}" if zero_stage else "auto"},
         }
-        | ({} if compare is None else {"compare": compare})
+        | {key: block for key, block in (("compare", compare), ("recovery", recovery)) if block is not None}
     )
     return resolve(recipe, parse_machine("cpu"), learn_model_facts(recipe), name="small")
 

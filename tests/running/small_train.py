@@ -4,6 +4,9 @@ import functools
 import os
 import sys
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from mpt.cli.train import _report
 from mpt.errors import MptError
@@ -18,9 +21,14 @@ from tests.running.small_runs import small_plan
 WORKER = (sys.executable, str(Path(__file__).with_name("small_worker.py")))
 
 
+def read(value: str) -> Any:
+    """Read a change's value: a block, or one word."""
+    return yaml.safe_load(value) if value.startswith("{") else core_value(value)
+
+
 def main(runs_dir: str, resume: str, *changes: str) -> int:
     accept_changes = "accept" in changes
-    plan = small_plan(**{key: core_value(value) for key, _, value in (c.partition("=") for c in changes) if value})
+    plan = small_plan(**{key: read(value) for key, _, value in (c.partition("=") for c in changes) if value})
     run = locate(Path(runs_dir), plan.name)
     with listening() as wish, opened(plan, run, resume=resume, accept_changes=accept_changes) as found:
         for note in found.notes:

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from mpt.running.checkpoints import commit
+from mpt.running.checkpoints import commit, promote
 from mpt.running.heartbeat import Heartbeat, read_beat
 from mpt.running.journal import Journal
 from mpt.running.lineage import current_lineage
@@ -92,6 +92,8 @@ class Worker:
         lineage = current_lineage(self.run)
         commit(staging, final, step=step, world_size=1, lineage=lineage, health={"finite": True})
         self.journal.append("checkpoint_saved", step=step, name=f"checkpoint-{step}")
+        if self.wishes.get("promotes") and step > self.wishes["save_steps"]:
+            promote(self.journal, step - self.wishes["save_steps"])
 
     def has_lost_peer(self) -> bool:
         beat = read_beat(self.run.attempt(self.attempt).heartbeat(1))
@@ -119,8 +121,10 @@ class Worker:
             self.journal.append("failed", problem="ValueError: odd", remedy="See the log.", exit_code=1)
             sys.exit(1)
         elif what == "diverge":
-            self.journal.append("diverged", step=step, what="loss", value=float("nan"))
-            sys.exit(81)
+            if self.plan["values"]["learning_rate"]["value"] > self.wishes.get("calm_rate", 0.0):
+                told = {"code": "N2", "onset": step, "reason": "loss is nan, for 3 steps in a row"}
+                self.journal.append("diverged", step=step, what="loss", value=float("nan"), **told)
+                sys.exit(81)
         elif what.isdecimal():
             self.journal.append("failed", problem=f"a problem {what}", remedy="Mend it.", exit_code=int(what))
             sys.exit(int(what))

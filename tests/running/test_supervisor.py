@@ -74,9 +74,9 @@ def test_what_would_fail_again_is_not_tried_again(new_run: NewRun, code: int) ->
 
 
 def test_divergence_ends_the_run_with_its_own_code(new_run: NewRun) -> None:
-    ended = new_run(faults=[{"attempt": 1, "step": 7, "do": "diverge"}]).train()
+    ended = new_run(faults=[{"attempt": 1, "step": 7, "do": "diverge"}]).train("recovery={rungs: []}")
     assert (ended.code, ended.summary["outcome"], ended.summary["attempts"]) == (81, "diverged", 1)
-    assert "loss was nan at step 7" in ended.err
+    assert "loss is nan, for 3 steps in a row (step 7, N2)" in ended.err
 
 
 def test_a_worker_that_does_not_leave_after_its_last_word_is_ended(

@@ -800,7 +800,8 @@ def test_every_threshold_has_an_effect(series: Callable[[Run], None], key: str, 
 
 def test_every_threshold_is_in_the_table_above() -> None:
     marks = test_every_threshold_has_an_effect.pytestmark  # type: ignore[attr-defined]
-    assert {row[1] for row in marks[0].args[1]} == set(HealthSection.model_fields)
+    # What known_good_after does needs checkpoints: tests/training/test_health_of_runs.py.
+    assert {row[1] for row in marks[0].args[1]} | {"known_good_after"} == set(HealthSection.model_fields)
 
 
 def test_the_thresholds_are_the_block_of_the_recipe() -> None:
@@ -825,6 +826,7 @@ def test_the_defaults_are_those_of_the_policy() -> None:
         "max_overflow_share": 0.25,
         "max_steps_without_update": 50,
         "dead_after": 50,
+        "known_good_after": 100,
     }
 
 
