@@ -22,6 +22,7 @@ from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.modules import learn_modules
 from mpt.planning.plan import Plan, resolve
 from mpt.recipe.schema import Recipe
+from mpt.running.heartbeat import Heartbeat
 from mpt.running.journal import Journal
 from mpt.running.run_directory import RunDirectory, write_atomically
 
@@ -56,7 +57,8 @@ def run_cell(cell: dict[str, Any], folder: Path, rank: int, folders: dict[str, P
         _barrier()
         _forget_the_last_one()
         plan = Plan.from_json(data)
-        train(plan, run, attempt, 1, Journal(run.journal, 1, rank), StopRequest(attempt.stop), rank)
+        journal, stop, heartbeat = Journal(run.journal, 1, rank), StopRequest(attempt.stop), Heartbeat(attempt, rank)
+        train(plan, run, attempt, 1, journal, stop, rank, heartbeat)
     except (MptError, ValueError) as error:
         said = error.problem if isinstance(error, MptError) else str(error)
         return {"error": said, "folder": str(folder)}
