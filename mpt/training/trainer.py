@@ -373,8 +373,8 @@ class WatchedEngine(DeepSpeedEngineWrapper):
     def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **keywords: Any) -> None:
         engine, watch = self.engine, self.trainer.watch
         watch.add_loss(loss)
-        # A loss that is not finite may have finite gradients; these are what the engine looks at.
-        loss = torch.where(torch.isfinite(loss.detach()), loss, loss * math.nan)
+        # A loss that is not finite may have finite gradients, and those are what the engine looks at.
+        loss = loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan).to(loss)
         engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
         with self.trainer.audit.watching_backward():
             engine.backward(loss, **keywords)
