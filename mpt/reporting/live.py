@@ -246,6 +246,8 @@ def describe(event: Mapping[str, Any]) -> str | None:
             return f"{at}  ALARM: {event.get('what')}. {event.get('remedy')}"
         case "health":
             return f"{at}  {event.get('code')}: {event.get('reason')}"
+        case "autopsy":
+            return f"{at}  {event.get('cause')} (incidents/{event.get('incident')})"
         case "plan_changed" if event["changes"]:
             listed = ", ".join(f"{change['key']} {change['was']} -> {change['now']}" for change in event["changes"])
             return f"the plan is changed: {listed}"

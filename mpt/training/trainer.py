@@ -25,7 +25,8 @@ from mpt.training.audit import Audit
 from mpt.training.finite import bad_state, bad_weights
 from mpt.training.gradient_capture import Measurement
 from mpt.training.health import Action, Code, Verdict
-from mpt.training.outcome import Stopped
+from mpt.training.incidents import Evidence, hold_inquest
+from mpt.training.outcome import Diverged, Stopped
 from mpt.training.precision.apply import DTYPES, fp8_context, fp8_recomputes, fp32_buffers, restore_buffers
 from mpt.training.precision.loss_scaling import build_scaler, hold_deepspeed_knobs, scale_at_floor
 from mpt.training.precision.reduction import ReduceIn, reduce_in
@@ -51,6 +52,7 @@ class PlanTrainer(Trainer):
         self.newest_checkpoint: str | None = None
         self.last_evaluation: tuple[int, float | None] | None = None
         self.reduction: ReduceIn | None = None
+        self.evidence = Evidence()
         self._fp8 = fp8_context(plan)
         self._staging: Path | None = None
         self._candidates: list[int] = []  # steps of checkpoints that may prove good
@@ -142,6 +144,15 @@ class PlanTrainer(Trainer):
         """torch's loss scaler; None without fp16, and under DeepSpeed."""
         return getattr(self.accelerator, "scaler", None)
 
+    def train(self, *arguments: Any, **keywords: Any) -> Any:
+        """Train; where the numbers went bad for good, look into the batch before its weights are gone."""
+        try:
+            return super().train(*arguments, **keywords)
+        except Diverged as diverged:
+            if diverged.code in (Code.N2, Code.N3):
+                hold_inquest(self, diverged, self.evidence)
+            raise
+
     def compute_loss_context_manager(self) -> Any:
         stack = ExitStack()
         stack.enter_context(super().compute_loss_context_manager())
@@ -157,11 +168,13 @@ class PlanTrainer(Trainer):
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
         self.watch.begin(self.state.global_step + 1, self.optimizer.param_groups[0]["lr"])
+        self.evidence.begin()
         return super().get_batch_samples(*arguments, **keywords)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.watch.add_batch(inputs)
         self.audit.note_batch(inputs)
+        self.evidence.add_batch(inputs, num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.is_deepspeed_enabled:  # there the engine has noted it before its own step
             self.watch.add_loss(loss)

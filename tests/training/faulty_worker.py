@@ -1,7 +1,8 @@
 """The real worker with a fault in what it stands on: `faulty_worker.py FAULT RUN ATTEMPT`, FAULT as JSON.
 
 `{"nan_loss_at": [3]}`: transformers' loss is not a number at those steps, counted from 1; `{"inf_loss_at": ...}`: it is
-infinite, with finite gradients; `{"nan_gradient_at": [3], "of": NAME}`: a weight's gradient is not a number there;
+infinite, with finite gradients; `{"nan_gradient_at": [3], "of": NAME}`: a weight's gradient is not a number there, at
+most `times` times;
 `{"nan_weight_after": 3, "of": NAME}`: a weight is, after that step.
 """
 
@@ -17,7 +18,7 @@ def install(fault: dict[str, Any]) -> None:
     """Put the fault into transformers' Trainer, below ours."""
     import transformers
 
-    base = transformers.Trainer
+    base, struck = transformers.Trainer, [0]
     compute_loss = base.compute_loss
 
     def number(trainer: Any) -> int:
@@ -31,7 +32,8 @@ def install(fault: dict[str, Any]) -> None:
             return loss * math.nan
         if number(self) in fault.get("inf_loss_at", ()):
             return loss + math.inf
-        if number(self) in fault.get("nan_gradient_at", ()):
+        if number(self) in fault.get("nan_gradient_at", ()) and struck[0] < fault.get("times", math.inf):
+            struck[0] += 1
             weight = dict(self.model.named_parameters())[fault["of"]]
             handles: list[Any] = []
             handles.append(weight.register_hook(lambda gradient: spoilt(gradient, handles)))
