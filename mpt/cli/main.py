@@ -41,6 +41,7 @@ def _options(
 def _register() -> None:
     from mpt.cli import checkpoints, recipes
     from mpt.cli.detect_precision import detect_precision
+    from mpt.cli.doctor import doctor
     from mpt.cli.formats import formats
     from mpt.cli.generate_ds_config import generate_ds_config
     from mpt.cli.plan import plan
@@ -54,6 +55,7 @@ def _register() -> None:
     app.command("validate")(validate)
     app.add_typer(recipes.app, name="recipes")
     app.add_typer(checkpoints.app, name="checkpoints")
+    app.command("doctor")(doctor)
     app.command("schema")(schema)
     app.command("detect-precision")(detect_precision)
     app.command("generate-ds-config")(generate_ds_config)

@@ -35,6 +35,27 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def owner_of(path: Path) -> str | None:
+    """Say who holds the lock; None where nobody does, or where nobody can tell.
+
+    Asked by a shared lock that is given back at once: a supervisor that starts in that moment is refused, and may start
+    again.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read_owner(path)[0]
+    except OSError:
+        return None  # a file system without locks
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def _take(path: Path) -> int:
     """Open and lock the file; give its descriptor."""
     while True:
@@ -72,11 +93,16 @@ def _myself() -> dict[str, Any]:
 
 def _owned(path: Path) -> RunLockedError:
     remedy = "Wait for it, stop it (Ctrl-C there saves first), or give this run another --name."
+    who, host = _read_owner(path)
+    if host not in (None, socket.gethostname()):
+        remedy += f" If {host} is dead, its file server gives the lock back when the lease ends: minutes."
+    return RunLockedError(f"{path.parent} belongs to a live run: {who}", remedy=remedy)
+
+
+def _read_owner(path: Path) -> tuple[str, str | None]:
+    """Read who holds the lock, in words, and on which host; None: it does not say."""
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
-        who = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
-        if owner["host"] != socket.gethostname():
-            remedy += f" If {owner['host']} is dead, its file server gives the lock back when the lease ends: minutes."
+        return f"process {owner['pid']} on {owner['host']}, since {owner['since']}", str(owner["host"])
     except (OSError, ValueError, KeyError, TypeError):
-        who = "another process"
-    return RunLockedError(f"{path.parent} belongs to a live run: {who}", remedy=remedy)
+        return "another process", None

@@ -1,29 +1,40 @@
 """The metrics of a run as they count: one row a step, whichever attempt made it."""
 
 import json
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from mpt.running.run_directory import RunDirectory
 
 
 def read_rows(run: RunDirectory) -> dict[int, dict[str, Any]]:
-    """Read the metrics: the valid row of each optimizer step, by step; none where there are no metrics yet.
+    """Read the metrics: the valid row of each optimizer step, by step; none where there are no metrics yet."""
+    return valid_rows(every_row(run))
 
-    An attempt that goes on from a checkpoint makes the steps after it anew; what was written of them before is void.
-    """
-    rows: dict[int, dict[str, Any]] = {}
+
+def every_row(run: RunDirectory) -> Iterator[dict[str, Any]]:
+    """Read every row of an optimizer step in the order written, those of steps that were made again included."""
     if not run.metrics.exists():
-        return rows
-    attempt: object = None
+        return
     for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue  # torn by a kill
-        if not isinstance(row, dict) or "loss" not in row:
-            continue
+        if isinstance(row, dict) and {"loss", "step", "attempt"} <= row.keys():
+            yield row
+
+
+def valid_rows(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Give the row of each step that counts, by step.
+
+    An attempt that goes on from a checkpoint makes the steps after it anew; what was written of them before is void.
+    """
+    valid: dict[int, dict[str, Any]] = {}
+    attempt: object = None
+    for row in rows:
         if row["attempt"] != attempt:
             attempt = row["attempt"]
-            rows = {step: kept for step, kept in rows.items() if step < row["step"]}
-        rows[row["step"]] = row
-    return rows
+            valid = {step: kept for step, kept in valid.items() if step < row["step"]}
+        valid[row["step"]] = row
+    return valid

@@ -86,6 +86,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def incidents(self) -> Path:
+        """A folder for each event of the numbers that was looked into, with its autopsy.json."""
+        return self.path / "incidents"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer that the run trained on its own text, if it did."""
         return self.path / "tokenizer"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mpt.errors import RunLockedError, StorageError
-from mpt.running.lock import locked
+from mpt.running.lock import locked, owner_of
 
 HOLD = """
 import subprocess, sys, time
@@ -32,6 +32,17 @@ def test_a_live_owner_is_named_with_pid_and_host(tmp_path: Path) -> None:
         pytest.fail("both hold it")
     assert error.value.exit_code == 85
     assert f"process {os.getpid()} on {socket.gethostname()}" in error.value.problem
+
+
+def test_who_holds_a_lock_can_be_asked_without_taking_it(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert owner_of(path) is None
+    with locked(path):
+        assert str(owner_of(path)).startswith(f"process {os.getpid()} on ")
+    assert owner_of(path) is None
+    with locked(path):
+        path.write_text("{torn")
+        assert owner_of(path) == "another process"
 
 
 def test_the_lock_says_who_and_since_when_and_in_which_boot(tmp_path: Path) -> None:
