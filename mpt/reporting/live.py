@@ -237,6 +237,9 @@ def describe(event: Mapping[str, Any]) -> str | None:
             return f"{at}  evaluation loss {number(event['eval_loss'], '.4f')}"
         case "checkpoint_saved":
             return f"{at}  saved {event.get('name')}"
+        case "save_failed":
+            in_a_row = f" ({event['in_a_row']} in a row)" if event.get("in_a_row", 1) > 1 else ""
+            return f"{at}  NOT SAVED{in_a_row}: {event.get('problem')}"
         case "step_skipped":
             return f"{at}  skipped: {event.get('reason')} (loss scale {spell_loss_scale(event.get('loss_scale'))})"
         case "alarm" if event.get("what") == "skip_rate":

@@ -9,7 +9,7 @@ from mpt.running.journal import read_events
 from mpt.running.metrics import read_rows
 from mpt.running.run_directory import RunDirectory
 
-INCIDENTS = ("health", "checkpoint_passed_over")
+INCIDENTS = ("health", "checkpoint_passed_over", "save_failed")
 LOG_TAIL_BYTES = 16384
 TRACEBACK_FRAME = '  File "'
 

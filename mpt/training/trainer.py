@@ -2,10 +2,10 @@
 checkpoints are staged and committed, metrics are written each step, a stop is agreed on by all ranks.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,13 @@ from accelerate.utils import DummyOptim
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from transformers import Trainer, TrainerCallback
 
-from mpt.errors import StorageError, UnsupportedError
+from mpt.errors import UnsupportedError
 from mpt.planning.plan import Plan
-from mpt.running import checkpoints
 from mpt.running.journal import Journal
-from mpt.running.lineage import current_lineage
-from mpt.running.retention import KEPT_CHECKPOINTS, prune
 from mpt.running.run_directory import RunDirectory
 from mpt.training.audit import Audit
-from mpt.training.finite import bad_state, bad_weights
+from mpt.training.checkpointing import Saver
+from mpt.training.finite import bad_weights
 from mpt.training.gradient_capture import Measurement
 from mpt.training.health import Action, Code, Verdict
 from mpt.training.incidents import Evidence, hold_inquest
@@ -31,10 +29,7 @@ from mpt.training.precision.apply import DTYPES, fp8_context, fp8_recomputes, fp
 from mpt.training.precision.loss_scaling import build_scaler, hold_deepspeed_knobs, scale_at_floor
 from mpt.training.precision.reduction import ReduceIn, reduce_in
 from mpt.training.precision.transformer_engine import checkpoint_contexts
-from mpt.training.saving import clear_staging, name_best_relatively, storage_errors
 from mpt.training.step_watch import StepWatch
-
-HEALTH_FILE = "health.json"
 
 
 class PlanTrainer(Trainer):
@@ -49,15 +44,11 @@ class PlanTrainer(Trainer):
         self.watch = watch
         self.audit = audit
         self.measurement = Measurement(run.attempt(watch.attempt), is_writer=watch.is_writer)
-        self.newest_checkpoint: str | None = None
         self.last_evaluation: tuple[int, float | None] | None = None
         self.reduction: ReduceIn | None = None
         self.evidence = Evidence()
         self._fp8 = fp8_context(plan)
-        self._staging: Path | None = None
-        self._candidates: list[int] = []  # steps of checkpoints that may prove good
-        if watch.is_writer:
-            clear_staging(run.checkpoints)
+        self.saver = Saver(self)
         if fp8_recomputes(plan):
             arguments = keywords["args"]
             again = {"context_fn": checkpoint_contexts(self._fp8)}
@@ -113,7 +104,7 @@ class PlanTrainer(Trainer):
 
     def _init_training_state(self, *arguments: Any, **keywords: Any) -> Any:
         state = super()._init_training_state(*arguments, **keywords)
-        self.state.best_model_checkpoint = self._best_checkpoint()
+        self.state.best_model_checkpoint = self.saver.best_checkpoint()
         return state
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -229,90 +220,26 @@ class PlanTrainer(Trainer):
         if (is_last or self.watch.stop_agreed) and self.state.global_step > 0:
             self._save_checkpoint(model, trial)
             if not is_last:
-                raise Stopped(self.state.global_step, str(self.newest_checkpoint))
+                raise Stopped(self.state.global_step, str(self.saver.newest))
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+        staging = self.saver.staging
+        return str(staging) if staging is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save into a staging folder, commit it under its name, and prune."""
-        step = self.state.global_step
-        name = f"checkpoint-{step}"
-        if self.newest_checkpoint != name:
-            self._phase("saving")
-            self._refuse(bad_state(self), "not finite, and kept out of the checkpoint")
-            staging = self.run.checkpoints / f".staging-{step}"
-            self._staging = staging
-            try:
-                with storage_errors(self.run.checkpoints):
-                    super()._save_checkpoint(model, trial)
-            except StorageError:
-                clear_staging(self.run.checkpoints)  # its room may be what is missing
-                raise
-            finally:
-                self._staging = None
-            self.accelerator.wait_for_everyone()
-            best = self.state.best_global_step
-            if self.watch.is_writer:
-                with storage_errors(self.run.checkpoints):
-                    best_name = f"checkpoint-{best}" if best else None
-                    name_best_relatively(staging / name, best_name)
-                    self._keep_health(staging / name)
-                    checkpoints.commit(
-                        staging / name,
-                        self.run.checkpoints / name,
-                        step=step,
-                        world_size=self.args.world_size,
-                        lineage=current_lineage(self.run),
-                        health={"finite": True},  # else the attempt had ended before it was saved
-                    )
-                    staging.rmdir()
-                    self.journal.append("checkpoint_saved", step=step, name=name)
-                    keep = self.plan.recipe.training_keys.get("save_total_limit") or KEPT_CHECKPOINTS
-                    prune(self.run, keep, {best_name} if best_name else set())
-            # A rank that ended now would have torchrun end the one that is still writing.
-            self.accelerator.wait_for_everyone()
-            self.newest_checkpoint = name
-            if self.watch.health.is_healthy:
-                self._candidates.append(step)
-            self.state.best_model_checkpoint = self._best_checkpoint()
-            self._phase("training")
+        """Save through the saver, which has `super()` write aside. The last checkpoint of a run has to be written."""
+        is_last = self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+        write = partial(super()._save_checkpoint, model, trial)
+        self.saver.save(write, is_needed=is_last or self.watch.stop_agreed)
 
-    def _best_checkpoint(self) -> str | None:
-        """Where the best checkpoint is now; what a checkpoint's state says may be of another place."""
-        best = self.state.best_global_step
-        folder = self.run.checkpoints / f"checkpoint-{best}"
-        return str(folder) if best and folder.is_dir() else None
+    def _save(self, *arguments: Any, **keywords: Any) -> None:
+        with self.saver.holding():  # on rank 0 alone, and a barrier follows
+            super()._save(*arguments, **keywords)
 
     def _refuse(self, bad: str | None, where: str) -> None:
         """End the attempt where something is not finite: the last good checkpoint must stay the newest."""
         if bad is not None:
             self.watch.roll_back(Verdict(Action.ROLL_BACK, Code.N4, "weights", math.nan, f"{where}: {bad}"))
-
-    def _keep_health(self, folder: Path) -> None:
-        """Save with a checkpoint what later verdicts depend on: a resumed run judges as one never interrupted."""
-        folder.joinpath(HEALTH_FILE).write_text(json.dumps(self.watch.health.state()), encoding="utf-8")
-
-    def _restore_health(self) -> None:
-        if self.plan.resume_from is None:
-            return
-        proved = checkpoints.known_good(self.run)
-        listed = checkpoints.list_checkpoints(self.run)
-        self._candidates = [step for step, path in listed if path.name not in proved]
-        kept = self.run.checkpoints / self.plan.resume_from / HEALTH_FILE
-        if kept.exists():  # a checkpoint of an earlier mpt has none
-            self.watch.health.restore(json.loads(kept.read_text(encoding="utf-8")))
-
-    def promote(self) -> None:
-        """Say which checkpoints have proved good: enough healthy updates were made after them."""
-        health, step = self.watch.health, self.state.global_step
-        enough = health.known_good_after
-        if not self.watch.is_writer or health.healthy_steps < enough:
-            return
-        for candidate in [saved for saved in self._candidates if saved + enough <= step]:
-            self._candidates.remove(candidate)
-            if (self.run.checkpoints / f"checkpoint-{candidate}").is_dir():
-                checkpoints.promote(self.journal, candidate)
 
     def _phase(self, phase: str) -> None:
         self.watch.heartbeat.phase(phase)
@@ -331,7 +258,7 @@ class StepHooks(TrainerCallback):
         # The Trainer has copied the tokenizer's pad into the configuration. A model built from that again would freeze
         # the embedding of that token, which here is often the end of text (torch.nn.Embedding, padding_idx).
         trainer.model.config.pad_token_id = trainer.pad_token_id
-        trainer._restore_health()
+        trainer.saver.restore()
         trainer._refuse(bad_weights(trainer), "not finite before the first step")
         trainer.audit.after_set_up(trainer)
         trainer._phase("training")
@@ -366,7 +293,7 @@ class StepHooks(TrainerCallback):
         trainer.watch.write_step()
         if not trainer.is_deepspeed_enabled and step is not None:  # DeepSpeed's step was judged where it was made
             trainer.watch.conclude(applied=not step.skipped)
-        trainer.promote()
+        trainer.saver.promote()
         self.trainer.audit.after_first_step(self.trainer)
         self.trainer.measurement.after_step(self.trainer)
 

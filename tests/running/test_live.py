@@ -126,6 +126,14 @@ def test_a_stream_that_is_closed_meanwhile_is_no_trouble() -> None:
 @pytest.mark.parametrize(
     ("event", "text"),
     [
+        (
+            {"kind": "save_failed", "step": 4, "problem": "runs/x can't be written: full", "in_a_row": 1},
+            "step 4  NOT SAVED: runs/x can't be written: full",
+        ),
+        (
+            {"kind": "save_failed", "step": 8, "problem": "runs/x can't be written: full", "in_a_row": 2},
+            "step 8  NOT SAVED (2 in a row): runs/x can't be written: full",
+        ),
         ({"kind": "training_started", "step": 0, "max_steps": None, "samples": None}, "training"),
         ({"kind": "audit", "passed": False}, "audit FAILED"),
         ({"kind": "health", "step": 3, "code": "N2", "reason": "loss is nan"}, "step 3  N2: loss is nan"),

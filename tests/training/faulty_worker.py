@@ -2,13 +2,19 @@
 
 `{"nan_loss_at": [3]}`: transformers' loss is not a number at those steps, counted from 1; `{"inf_loss_at": ...}`: it is
 infinite, with finite gradients; `{"nan_gradient_at": [3], "of": NAME}`: a weight's gradient is not a number there, at
-most `times` times;
-`{"nan_weight_after": 3, "of": NAME}`: a weight is, after that step.
+most `times` times; `{"nan_weight_after": 3, "of": NAME}`: a weight is, after that step; `{"waits_at": 3, "for": FILE}`:
+step 3 begins when the file is gone; `{"file_limit": BYTES, "at": {"3": 2}, "on_rank": 1}`: no file that this rank
+writes may be larger (EFBIG) in the first two tries to save step 3.
 """
 
 import json
 import math
+import os
+import resource
+import signal
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +46,17 @@ def install(fault: dict[str, Any]) -> None:
         return loss
 
     base.compute_loss = faulty_loss
+    if "file_limit" in fault and os.environ.get("RANK", "0") == str(fault["on_rank"]):
+        limit_files(base, fault["file_limit"], {int(step): tries for step, tries in fault["at"].items()})
+    if "waits_at" in fault:
+        training_step = base.training_step
+
+        def late_step(self: Any, *arguments: Any, **keywords: Any) -> Any:
+            while number(self) == fault["waits_at"] and Path(fault["for"]).exists():
+                time.sleep(0.01)
+            return training_step(self, *arguments, **keywords)
+
+        base.training_step = late_step
     if "nan_weight_after" in fault:
         step_end = transformers.trainer_callback.CallbackHandler.on_step_end
 
@@ -50,6 +67,24 @@ def install(fault: dict[str, Any]) -> None:
             return step_end(self, args, state, control)
 
         transformers.trainer_callback.CallbackHandler.on_step_end = faulty_end
+
+
+def limit_files(base: Any, limit: int, tries: dict[int, int]) -> None:
+    """Let files grow to `limit` bytes only, while a step of `tries` is saved and as often as it says."""
+    save = base._save_checkpoint
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limited(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        left = tries.get(self.state.global_step, 0)
+        tries[self.state.global_step] = left - 1
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit if left > 0 else hard, hard))
+        try:
+            return save(self, *arguments, **keywords)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    base._save_checkpoint = limited
 
 
 def spoilt(gradient: torch.Tensor, handles: list[Any]) -> torch.Tensor:

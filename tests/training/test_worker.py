@@ -312,6 +312,7 @@ def test_a_checkpoint_that_has_no_room_ends_the_run_as_a_storage_error(new_run: 
     code = os.waitstatus_to_exitcode(os.system(f"trap '' XFSZ; {environment} bash -c '{command}' > {log} 2>&1"))
     assert code == 83, run.log()
     assert run.last_word()["exit_code"] == 83
+    assert run.texts("save_failed", "step") == [4, 8]  # and step 8 is the last
     assert not list(run.directory.checkpoints.glob("checkpoint-*"))
 
 
