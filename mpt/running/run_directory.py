@@ -99,10 +99,6 @@ class RunDirectory:
     def final(self) -> Path:
         return self.path / "final"
 
-    @property
-    def incidents(self) -> Path:
-        return self.path / "incidents"
-
     def attempt(self, number: int) -> AttemptDirectory:
         """Name the folder of an attempt, counted from 1."""
         return AttemptDirectory(self.path / "attempts" / f"{number:03d}")

@@ -22,7 +22,7 @@ Done = subprocess.CompletedProcess[str]
 SUMMARY = {"outcome", "run_dir", "steps", "train_loss", "eval_loss", "attempts", "incidents"}
 ROW = {
     "step", "attempt", "loss", "grad_norm", "learning_rate", "loss_scale", "skipped", "tokens", "tokens_per_second",
-    "step_time_s", "memory_gib",
+    "step_time_s", "cpu_time_s", "memory_gib",
 }  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def test_the_run_directory_is_as_documented(trained: tuple[Folder, Done]) -> Non
         "final",
     }  # fmt: skip
     attempt = {path.name for path in run.attempt(1).path.iterdir()}
-    assert attempt == {"plan.json", "command.txt", "worker.log", "audit.json"}
+    assert attempt == {"plan.json", "command.txt", "worker.log", "audit.json", "heartbeat-0"}
     assert [step for step, path in checkpoints.list_checkpoints(run) if checkpoints.verify(path) is None] == [3, 6]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in run.final.iterdir()}
     assert not [path for path in run.path.rglob("*") if path.name.startswith((".", "final.staging"))]
