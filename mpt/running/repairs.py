@@ -9,24 +9,35 @@ from mpt.planning.modules import learn_modules
 from mpt.planning.plan import Plan
 from mpt.planning.repair import Repair, apply, changes
 
-BATCH_KEYS = {
-    "micro_batch_size",
-    "gradient_accumulation_steps",
-    "global_batch_size",
-    "training.per_device_train_batch_size",
-    "training.gradient_accumulation_steps",
+# What a repair of each kind sets; whoever sets one of these keys anew means it.
+SET_BY: dict[str, tuple[str, ...]] = {
+    "micro_batch": (
+        "micro_batch_size",
+        "gradient_accumulation_steps",
+        "global_batch_size",
+        "training.per_device_train_batch_size",
+        "training.gradient_accumulation_steps",
+    ),
+    "learning_rate": ("training.learning_rate",),
+    "precision": ("precision",),
 }
 
 
 def repairs_of(events: Iterable[Mapping[str, Any]]) -> tuple[Repair, ...]:
-    """Gather what recovery has changed so far, oldest first. A user who has set the batch anew since then means it."""
+    """Gather what recovery has changed so far, oldest first; what the user has set anew since then is the user's."""
     repairs: list[Repair] = []
     for event in events:
         if event["kind"] == "plan_changed":
             repairs.append(Repair.from_json(event["repair"]))
-        elif event["kind"] == "changes_accepted" and BATCH_KEYS & {change["key"] for change in event["changes"]}:
-            repairs = [repair for repair in repairs if repair.kind != "micro_batch"]
+        elif event["kind"] == "changes_accepted":
+            anew = [change["key"] for change in event["changes"]]
+            repairs = [repair for repair in repairs if not _is_set_anew(repair, anew)]
     return tuple(repairs)
+
+
+def _is_set_anew(repair: Repair, keys: Sequence[str]) -> bool:
+    own = SET_BY.get(repair.kind, ())
+    return any(key == set_by or key.startswith(f"{set_by}.") for key in keys for set_by in own)
 
 
 def repaired(plan: Plan, repairs: Sequence[Repair]) -> Plan:

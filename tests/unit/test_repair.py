@@ -12,6 +12,7 @@ from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.plan import Plan, resolve
 from mpt.planning.repair import Change, Repair, apply, changes, halve_micro_batch
 from mpt.recipe.schema import Recipe
+from mpt.running.repairs import repairs_of
 
 TINY: dict[str, Any] = {
     "model": {"config": {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -122,3 +123,27 @@ def test_a_plan_from_before_there_were_repairs_has_none() -> None:
     data = plan_of().to_json()
     del data["repairs"]
     assert Plan.from_json(data).repairs == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "left"),
+    [
+        ("training.learning_rate", ["micro_batch", "retry", "precision"]),
+        ("precision.mode", ["micro_batch", "retry", "learning_rate"]),
+        ("precision", ["micro_batch", "retry", "learning_rate"]),
+        ("micro_batch_size", ["retry", "learning_rate", "precision"]),
+        ("training.gradient_accumulation_steps", ["retry", "learning_rate", "precision"]),
+        ("training.max_steps", ["micro_batch", "retry", "learning_rate", "precision"]),
+    ],
+)
+def test_what_the_user_sets_anew_is_the_users(key: str, left: list[str]) -> None:
+    made = [
+        Repair("micro_batch", {"micro_batch_size": 2}),
+        Repair("retry", {"code": "N2", "onset": 7}),
+        Repair("learning_rate", {"learning_rate": 1e-4, "warmup_steps": 10}),
+        Repair("precision", {"mode": "fp32"}),
+    ]
+    events = [{"kind": "plan_changed", "repair": repair.to_json()} for repair in made]
+    accepted = {"kind": "changes_accepted", "changes": [{"key": key, "was": 1, "now": 2}]}
+    assert [repair.kind for repair in repairs_of([*events, accepted])] == left
+    assert len(repairs_of([accepted, *events])) == 4  # a repair made since then holds
