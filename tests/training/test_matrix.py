@@ -380,7 +380,10 @@ def test_every_key_of_the_block_reaches_the_engine(
 def test_what_an_engine_can_not_hold_is_refused_with_the_reason(
     name: str, engine: str, results: Callable[[str], dict[str, Any]]
 ) -> None:
-    assert EXTRA_REFUSALS[name, engine] in results(engine)[name]["error"]
+    said = EXTRA_REFUSALS[name, engine]
+    if "in fp16" in name and fp16_engine_is_missing(engine):
+        said = "DeepSpeed has no fp16 on"  # on a CPU that has none that reason comes first
+    assert said in results(engine)[name]["error"]
 
 
 def test_the_gradients_of_fp32_islands_stay_fp32_on_the_wire(results: Callable[[str], dict[str, Any]]) -> None:
