@@ -43,7 +43,7 @@ SILENT = {
     "push_to_hub": False,
 }
 # What of a recipe says nothing about a step's numbers.
-NOT_COMPARED = ("name", "description", "compare", "restart", "sample")
+NOT_COMPARED = ("name", "description", "compare", "restart", "recovery", "sample")
 ROLES = ("candidate", "reference")
 
 

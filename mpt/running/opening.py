@@ -27,7 +27,7 @@ from mpt.running.repairs import repaired
 from mpt.running.run_directory import RunDirectory, write_atomically, write_json, writing
 
 # What may change between two starts of a run without changing what is trained; the keys below each one too.
-FREE = ("description", "name", "restart", "compare")
+FREE = ("description", "name", "restart", "recovery", "compare")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
 
 
