@@ -208,12 +208,12 @@ class Attempt:
             return False
         if self._asked_since is None:
             self._asked_since = now
+            with suppress(StorageError):  # the stop is worth more than the record of it
+                self.journal.append("stop_requested", by=self.wish.by or signal.Signals(self.wish.signal).name)
             if self._has_started:
                 with writing(self.files.stop):
                     self.files.stop.touch()
                 self.view.note("stopping: the step is finished and saved; once more ends at once")
-            with suppress(StorageError):  # the stop is worth more than the record of it
-                self.journal.append("stop_requested", by=self.wish.by or signal.Signals(self.wish.signal).name)
         if not self._has_started:
             self._forced = "before training began, as asked"  # there is nothing to save
         elif self.wish.is_urgent:
