@@ -15,7 +15,7 @@ from typing import Any
 from mpt.errors import MptError, NoUsableCheckpointError
 from mpt.running.journal import Journal, read_events
 from mpt.running.manifest import verify, write_manifest
-from mpt.running.run_directory import RunDirectory, sync_folder
+from mpt.running.run_directory import RunDirectory, make_durable
 
 PREFIX = "checkpoint-"
 
@@ -40,7 +40,7 @@ def commit(staging: Path, final: Path, *, step: int, world_size: int, lineage: i
     final.parent.mkdir(parents=True, exist_ok=True)
     old = put_aside(final) if final.exists() else None  # saved before, by an attempt that was then thrown away
     staging.rename(final)
-    sync_folder(final.parent)
+    make_durable(final.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mpt.running.checkpoints import list_checkpoints
 from mpt.running.journal import Journal, read_events
-from mpt.running.run_directory import RunDirectory, sync_folder, writing
+from mpt.running.run_directory import RunDirectory, make_durable, writing
 
 QUARANTINE = "quarantine-"
 
@@ -83,6 +83,6 @@ def _move(run: RunDirectory, journal: Journal, names: Iterable[str], lineage: in
         for name in names:
             if run.checkpoints.joinpath(name).exists():
                 run.checkpoints.joinpath(name).rename(folder / name)
-        sync_folder(folder)
-        sync_folder(run.checkpoints)
+        make_durable(folder)
+        make_durable(run.checkpoints)
     journal.append("quarantine_completed", lineage=lineage)

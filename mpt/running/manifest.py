@@ -5,7 +5,6 @@ missing; the manifest's sizes and hashes tell. It carries a digest of its own co
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import xxhash
 
 from mpt.errors import UnsupportedError
-from mpt.running.run_directory import sync_folder, write_atomically
+from mpt.running.run_directory import make_durable, write_atomically
 
 MANIFEST = "manifest.json"
 # Version 1 had no lineage, no health, no time, and no digest of its own.
@@ -27,7 +26,7 @@ def write_manifest(folder: Path, *, step: int, world_size: int, lineage: int, he
     files = {}
     for path in _files(folder):
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "xxh3_128": hash_file(path)}
-        _sync_file(path)
+        make_durable(path)
     manifest = {
         "version": VERSION,
         "step": step,
@@ -40,7 +39,7 @@ def write_manifest(folder: Path, *, step: int, world_size: int, lineage: int, he
     manifest["digest"] = digest(manifest)
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     for subfolder in {path.parent for path in _files(folder)} | {folder}:
-        sync_folder(subfolder)
+        make_durable(subfolder)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -129,11 +128,3 @@ def digest(manifest: Mapping[str, Any]) -> str:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

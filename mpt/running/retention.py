@@ -10,7 +10,7 @@ from mpt.running.checkpoints import best_checkpoint, list_checkpoints, promoted,
 from mpt.running.journal import read_events
 from mpt.running.lineage import QUARANTINE, list_quarantines, pending_quarantine
 from mpt.running.manifest import problem_with
-from mpt.running.run_directory import RunDirectory, sync_folder, writing
+from mpt.running.run_directory import RunDirectory, make_durable, writing
 
 KEPT_CHECKPOINTS = 2
 KEPT_QUARANTINES = 2
@@ -28,7 +28,7 @@ def prune(
         for name in names:
             put_aside(run.checkpoints / name)
         if names:
-            sync_folder(run.checkpoints)
+            make_durable(run.checkpoints)
     for leftover in run.checkpoints.glob(".trash-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     return names

@@ -170,7 +170,7 @@ def write_atomically(path: Path, text: str) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        make_durable(path.parent)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -178,8 +178,8 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def sync_folder(path: Path) -> None:
-    """Make a folder's entries durable: a rename is on the disk only after this."""
+def make_durable(path: Path) -> None:
+    """Put a file's content, or a folder's entries, on the disk: a rename is there only after its folder's."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,23 +20,26 @@ NAMED = 3  # of many bad tensors
 
 def bad_weights(trainer: "PlanTrainer") -> str | None:
     """Name the weights that are not finite, frozen ones too; None where all are. Every rank takes part."""
-    held = ((name, getattr(weight, "ds_tensor", weight)) for name, weight in trainer.model.named_parameters())
-    return _agree(_not_finite(held), trainer)  # under ZeRO-3 a rank holds a share of each
+    return _agree(_not_finite(_held(trainer)), trainer)
 
 
 def bad_state(trainer: "PlanTrainer") -> str | None:
     """Name the weights and optimizer states that are not finite; None where all are. Every rank takes part."""
     states = findings.optimizer_state(trainer, islands=())
     named = [(f"optimizer state {number}", state) for number, state in enumerate(states)]
-    held = ((name, getattr(weight, "ds_tensor", weight)) for name, weight in trainer.model.named_parameters())
-    return _agree(_not_finite((*held, *named)), trainer)
+    return _agree(_not_finite((*_held(trainer), *named)), trainer)
+
+
+def _held(trainer: "PlanTrainer") -> Iterable[tuple[str, torch.Tensor]]:
+    """List the weights, under ZeRO-3 this rank's share of each."""
+    return ((name, getattr(weight, "ds_tensor", weight)) for name, weight in trainer.model.named_parameters())
 
 
 def _not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-    listed = [(name, tensor.detach()) for name, tensor in named if tensor.is_floating_point() and tensor.numel()]
     flags: dict[torch.device, list[tuple[str, torch.Tensor]]] = {}
-    for name, tensor in listed:
-        flags.setdefault(tensor.device, []).append((name, torch.isfinite(tensor).all()))
+    for name, tensor in named:
+        if tensor.is_floating_point() and tensor.numel():
+            flags.setdefault(tensor.device, []).append((name, torch.isfinite(tensor.detach()).all()))
     bad = []
     for pairs in flags.values():
         whole = torch.stack([flag for _, flag in pairs]).tolist()

@@ -6,7 +6,6 @@ writes into a staging folder, and `mpt.running.checkpoints` commits.
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from mpt.errors import StorageError
+from mpt.running.run_directory import make_durable
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 # What torch's and safetensors' writers say where the system call's own error is lost.
@@ -85,12 +85,12 @@ def save_final(folder: Path, model: Any, tokenizer: Any, state_dict: dict[str, t
         if state_dict is not None and (staging / "config.json").exists():  # adapters have none
             _name_dtype(staging, state_dict)
         for path in sorted(staging.rglob("*")):
-            _make_durable(path)
-        _make_durable(staging)
+            make_durable(path)
+        make_durable(staging)
         if folder.exists():
             folder.rename(old)
         staging.rename(folder)
-        _make_durable(folder.parent)
+        make_durable(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -123,11 +123,3 @@ def _name_dtype(folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config["dtype"] = str(next(iter(state_dict.values())).dtype).removeprefix("torch.")
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _make_durable(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
