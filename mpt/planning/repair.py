@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpt.errors import StorageError
+from mpt.planning.data_window import windows_of
 from mpt.planning.decision import Decision, Origin
 from mpt.planning.modules import ModuleShape
 from mpt.planning.plan import Plan, resolve
@@ -67,13 +68,12 @@ def apply(
         recipe = KINDS[repair.kind](recipe, plan, repair.values)
     repaired = resolve(recipe, plan.machine, plan.facts, name=plan.name, modules=modules, packages=packages)
     kinds = ", ".join(dict.fromkeys(repair.kind for repair in repairs))
-    return replace(
-        repaired,
-        recipe=plan.recipe,
-        values={key: _decision(plan.values.get(key), now, kinds) for key, now in repaired.values.items()},
-        resume_from=plan.resume_from,
-        repairs=tuple(repair.to_json() for repair in repairs),
-    )
+    values = {key: _decision(plan.values.get(key), now, kinds) for key, now in repaired.values.items()}
+    told = tuple(repair.to_json() for repair in repairs)
+    if windows := windows_of(told):
+        left_out = ", ".join(f"epoch {window.epoch}: {window.first} to {window.last - 1}" for window in windows)
+        values["excluded_data"] = Decision(left_out, Origin.DERIVED, "positions in the data on which numbers went bad")
+    return replace(repaired, recipe=plan.recipe, values=values, resume_from=plan.resume_from, repairs=told)
 
 
 def changes(was: Plan, now: Plan) -> list[Change]:
@@ -97,8 +97,8 @@ def _micro_batch(recipe: Recipe, plan: Plan, values: Mapping[str, Any]) -> Recip
     return with_keys(recipe, {"micro_batch_size": _largest_part(plan, wanted)})
 
 
-def _retry(recipe: Recipe, plan: Plan, values: Mapping[str, Any]) -> Recipe:
-    """Change nothing: to have gone back is all."""
+def _same_recipe(recipe: Recipe, plan: Plan, values: Mapping[str, Any]) -> Recipe:
+    """Change no value of the plan: to have gone back is all, or the sampler obeys the repair itself."""
     return recipe
 
 
@@ -119,7 +119,8 @@ def _precision(recipe: Recipe, plan: Plan, values: Mapping[str, Any]) -> Recipe:
 # Each gets the recipe as the repairs before it left it, the plan without any repair, and the repair's values.
 KINDS: dict[str, Callable[[Recipe, Plan, Mapping[str, Any]], Recipe]] = {
     "micro_batch": _micro_batch,
-    "retry": _retry,
+    "retry": _same_recipe,
+    "exclude_data": _same_recipe,
     "learning_rate": _learning_rate,
     "precision": _precision,
 }

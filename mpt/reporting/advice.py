@@ -17,6 +17,7 @@ RULES: tuple[Rule, ...] = (
     numbers.loss_spikes,
     numbers.left_out,
     numbers.transient,
+    numbers.excluded,
     faults.refused,
     faults.hangs,
     faults.deaths,

@@ -100,6 +100,25 @@ def transient(evidence: Evidence, story: Story) -> Iterable[Finding]:
             )
 
 
+def excluded(evidence: Evidence, story: Story) -> Iterable[Finding]:
+    """Data on which the numbers went bad twice are left out for good; whoever made them may want to mend them."""
+    for event in evidence.events:
+        if event["kind"] != "plan_changed" or event["repair"].get("kind") != "exclude_data":
+            continue
+        values, after = event["repair"]["values"], int(event["attempt"])
+        seen = [f"after attempt {after}: {event['reason']}"]
+        seen += [
+            f"incidents/{other['incident']}: {other['cause']}"
+            for other in evidence.events
+            if other["kind"] == "autopsy" and int(other["attempt"]) == after
+        ]
+        yield Finding(
+            f"{values['last'] - values['first']} samples are left out: {values['code']} came at them twice",
+            "Look at the samples that the incident's autopsy.json lists: broken or odd ones belong out of the data.",
+            tuple(seen),
+        )
+
+
 def diverged(evidence: Evidence, story: Story) -> Iterable[Finding]:
     """The numbers went bad for good: by code and precision, what is most likely to help."""
     plan = evidence.newest_plan

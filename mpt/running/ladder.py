@@ -1,15 +1,18 @@
 """What to try next where a run's numbers went bad for good: one rung a time, each a recorded change of plan. Pure.
 
-The rungs, in the recipe's order: go back and train on unchanged (a fault of the machine will not come again); lower the
-learning rate, twice at most; compute in a precision with more range. Some events leave but one way: a loss scale that
-can give no more room, and an overflow in fp16's forward pass, where no scale helps, call for another precision at once.
+The rungs, in the recipe's order: go back and train on unchanged (a fault of the machine will not come again); leave out
+the data at the event; lower the learning rate, twice at most; compute in a precision with more range. Some events leave
+but one way: a loss scale that can give no more room, and an overflow in fp16's forward pass, where no scale helps, call
+for another precision at once.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mpt.hardware.machine import Machine
+from mpt.planning.data_window import Epoch, position_of, window_around
 from mpt.planning.plan import Plan
 from mpt.planning.repair import Repair
 from mpt.recipe.schema import RecoverySection
@@ -18,6 +21,9 @@ from mpt.terms import Feature, Precision
 # Onsets this many steps apart are one position: the data order is the same, and a window needs some steps to judge.
 SAME_POSITION = 8
 MAX_LOWERINGS = 2
+MAX_WINDOWS = 3
+# Events that a batch can bring about.
+OF_THE_DATA = ("N2", "N3", "N6")
 # Another learning rate changes nothing about them.
 FORMAT_ALONE = ("N1",)
 STRONGER: dict[Precision, tuple[Precision, ...]] = {
@@ -38,16 +44,25 @@ class Rung:
     reason: str
 
 
-def next_rung(word: Mapping[str, Any], repairs: Sequence[Repair], plan: Plan, policy: RecoverySection) -> Rung | None:
+def next_rung(
+    word: Mapping[str, Any],
+    repairs: Sequence[Repair],
+    plan: Plan,
+    policy: RecoverySection,
+    epoch: Epoch | None = None,
+) -> Rung | None:
     """Choose the rung after an attempt that ended with the last word `diverged`; None where none is left.
 
-    `repairs` are those of the run so far, `plan` the one that the attempt carried out.
+    `repairs` are those of the run so far, `plan` the one that the attempt carried out. `epoch` is the length of a pass
+    over the data, None where the data are streamed: no window of them can be left out then.
     """
-    choices = {"retry": _retry, "lower_learning_rate": _lower_learning_rate, "raise_precision": _raise_precision}
     for name in policy.rungs:
         if name != "raise_precision" and _is_of_the_format(word, plan):
             continue
-        rung = choices[name](word, repairs, plan, policy)
+        if name == "exclude_data":
+            rung = None if epoch is None else _exclude_data(word, repairs, plan, policy, epoch)
+        else:
+            rung = CHOICES[name](word, repairs, plan, policy)
         if rung is not None:
             return rung
     return None
@@ -63,6 +78,8 @@ def tried(repairs: Sequence[Repair]) -> str:
     for repair in repairs:
         if repair.kind == "retry":
             said.append("trained again unchanged")
+        elif repair.kind == "exclude_data":
+            said.append(f"without {repair.values['last'] - repair.values['first']} samples")
         elif repair.kind == "learning_rate":
             said.append(f"learning rate {repair.values['learning_rate']:g}")
         elif repair.kind == "precision":
@@ -85,6 +102,30 @@ def _retry(word: Mapping[str, Any], repairs: Sequence[Repair], plan: Plan, polic
     return Rung(Repair("retry", {"code": code, "onset": onset}), reason)
 
 
+def _exclude_data(
+    word: Mapping[str, Any], repairs: Sequence[Repair], plan: Plan, policy: RecoverySection, epoch: Epoch
+) -> Rung | None:
+    """Leave out a window around the event's first step, unless the one before has not helped: what comes again within
+    it, or soon after it, is not of the data. Nor is a loss that rises from the first steps on."""
+    code, onset = word["code"], int(word["onset"])
+    if code not in OF_THE_DATA or (code == "N6" and onset <= SAME_POSITION):
+        return None
+    before = [repair.values for repair in repairs if repair.kind == "exclude_data"]
+    if len(before) >= MAX_WINDOWS or any(onset <= values["until"] + policy.margin for values in before):
+        return None
+    size = plan.value("global_batch_size")
+    window = window_around(onset, epoch, size, policy.exclude_batches)
+    if window is None:
+        return None
+    until = onset + math.ceil((window.last - position_of(onset, epoch, size)[1]) / size)
+    values = {"code": code, "onset": onset, "until": until, **asdict(window)}
+    reason = (
+        f"{code} at step {onset} again: the {window.last - window.first} samples around it are left out from now on "
+        f"(positions {window.first} to {window.last - 1} of epoch {window.epoch})"
+    )
+    return Rung(Repair("exclude_data", values), reason)
+
+
 def _lower_learning_rate(
     word: Mapping[str, Any], repairs: Sequence[Repair], plan: Plan, policy: RecoverySection
 ) -> Rung | None:
@@ -104,6 +145,9 @@ def _raise_precision(
             reason = f"{word['code']} at step {word['onset']} in {present}: on in {wanted}"
             return Rung(Repair("precision", {"mode": wanted.value}), reason)
     return None
+
+
+CHOICES = {"retry": _retry, "lower_learning_rate": _lower_learning_rate, "raise_precision": _raise_precision}
 
 
 def _computes(machine: Machine, precision: Precision) -> bool:

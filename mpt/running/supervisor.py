@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from mpt.errors import MptError, StorageError
+from mpt.planning.data_window import Epoch
 from mpt.planning.plan import Plan
 from mpt.planning.repair import Repair, halve_micro_batch
 from mpt.running import checkpoints
@@ -78,7 +79,7 @@ def _until_it_ends(
             history,
             policy,
             smaller_batch=halve_micro_batch(current),
-            rung=_next_rung(ended, repairs, current),
+            rung=_next_rung(ended, repairs, current, run),
             tried=tried(repairs),
         )
         attempt.close(ended, verdict)
@@ -106,11 +107,19 @@ def _until_it_ends(
     )
 
 
-def _next_rung(ended: Ended, repairs: Sequence[Repair], plan: Plan) -> Rung | None:
+def _next_rung(ended: Ended, repairs: Sequence[Repair], plan: Plan, run: RunDirectory) -> Rung | None:
     word = ended.word
     if word is None or word["kind"] != "diverged":
         return None
-    return next_rung(word, repairs, plan, plan.recipe.recovery)
+    return next_rung(word, repairs, plan, plan.recipe.recovery, _epoch(run))
+
+
+def _epoch(run: RunDirectory) -> Epoch | None:
+    """Read how long a pass over the data is, from the last attempt that began to train; None: it has no length."""
+    started = [event for event in read_events(run.journal) if event["kind"] == "training_started"]
+    if not started or started[-1].get("samples") is None or started[-1].get("steps_per_epoch") is None:
+        return None
+    return Epoch(started[-1]["samples"], started[-1]["steps_per_epoch"])
 
 
 def _go_back(run: RunDirectory, journal: Journal, view: View, onset: int, margin: int) -> None:

@@ -179,6 +179,22 @@ def test_an_event_that_did_not_come_again_points_to_the_machine() -> None:
     assert early.findings == ()  # not passed yet
 
 
+def test_data_that_were_left_out_are_told_with_the_incident_that_shows_them() -> None:
+    values = {"code": "N2", "onset": 40, "until": 55, "epoch": 0, "first": 272, "last": 432}
+    change = {
+        "changes": [{"key": "excluded_data", "was": None, "now": "epoch 0: 272 to 431"}],
+        "reason": "N2 at step 40 again",
+        "repair": Repair("exclude_data", values).to_json(),
+    }
+    looked = event("autopsy", 2, incident="0002", step=40, cause="the loss is inf", rank=0)
+    events = [*started(2), *bad(40, "N2", 2), looked, event("plan_changed", 2, **change), *started(3), *finished(3)]
+    told = diagnosis(events, plan_of(), rows=rows(1, 60, 3))
+    (finding,) = [finding for finding in told.findings if "left out" in finding.problem]
+    assert finding.problem == "160 samples are left out: N2 came at them twice"
+    assert finding.evidence[1] == "incidents/0002: the loss is inf"
+    assert told.story.changes[0].changes == (("excluded_data", None, "epoch 0: 272 to 431"),)
+
+
 @pytest.mark.parametrize(
     ("clips", "norm", "training", "recipe"),
     [

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from mpt.hardware.specs import parse_machine
+from mpt.planning.data_window import Epoch
 from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.plan import Plan, resolve
 from mpt.planning.repair import Repair, apply
@@ -17,7 +18,8 @@ RETRY = Repair("retry", {"code": "N2", "onset": 40})
 
 
 def plan_of(machine: str, precision: Any, **training: Any) -> Plan:
-    recipe = Recipe.model_validate(TINY | {"precision": precision, "training": {"learning_rate": 1e-3} | training})
+    keys = {"precision": precision, "global_batch_size": 8, "training": {"learning_rate": 1e-3} | training}
+    recipe = Recipe.model_validate(TINY | keys)
     return resolve(recipe, parse_machine(machine), learn_model_facts(recipe), name="a-plan")
 
 
@@ -63,6 +65,59 @@ def test_an_event_is_confirmed_once_at_a_position(onset: int, code: str, is_trie
     assert (rung.repair.kind == "retry") is is_tried_again
 
 
+EPOCH = Epoch(samples=8000, steps=1000)
+
+
+def exclude(code: str, onset: int, repairs: list[Repair], **policy: Any) -> dict[str, Any] | None:
+    section = RecoverySection.model_validate({"rungs": ["exclude_data"]} | policy)
+    word = {"code": code, "onset": onset, "step": onset}
+    rung = next_rung(word, repairs, plan_of("A100", "bf16"), section, EPOCH)
+    return None if rung is None else dict(rung.repair.values)
+
+
+def test_data_are_left_out_where_an_event_came_again_at_its_place() -> None:
+    plan = plan_of("A100", "bf16")
+    repairs: list[Repair] = []
+    for kind in ("retry", "exclude_data", "learning_rate"):
+        rung = next_rung(N2, repairs, plan, RecoverySection(), EPOCH)
+        assert rung is not None and rung.repair.kind == kind
+        repairs.append(rung.repair)
+    assert repairs[1].values == {"code": "N2", "onset": 40, "until": 55, "epoch": 0, "first": 272, "last": 432}
+    assert tried(repairs) == "trained again unchanged, without 160 samples, learning rate 0.0005"
+
+
+@pytest.mark.parametrize(
+    ("code", "onset", "is_left_out"),
+    [
+        ("N2", 40, False),  # within what is left out already: the data are not to blame
+        ("N3", 155, False),  # soon after it
+        ("N3", 156, True),
+        ("N1", 500, False),
+        ("N4", 500, False),
+        ("N7", 500, False),
+        ("dead", 500, False),
+        ("N6", 500, True),
+    ],
+)
+def test_data_are_left_out_only_where_they_may_be_to_blame(code: str, onset: int, is_left_out: bool) -> None:
+    first = Repair("exclude_data", exclude("N2", 40, []) or {})
+    assert (exclude(code, onset, [first]) is not None) is is_left_out
+
+
+def test_no_more_than_three_windows_are_left_out_and_none_of_a_stream() -> None:
+    repairs: list[Repair] = []
+    for onset in (40, 400, 800):
+        repairs.append(Repair("exclude_data", exclude("N2", onset, repairs) or {}))
+    assert exclude("N2", 1200, repairs) is None
+    section = RecoverySection.model_validate({"rungs": ["exclude_data"]})
+    assert next_rung(N2, [], plan_of("A100", "bf16"), section, None) is None
+
+
+def test_the_recipe_says_how_much_is_left_out() -> None:
+    found = exclude("N2", 40, [], exclude_batches=3)
+    assert found is not None and found["last"] - found["first"] == 24
+
+
 def test_the_recipe_chooses_rungs_order_and_factor() -> None:
     plan = plan_of("A100", "bf16")
     assert climb(N2, plan, rungs=[]) == []
@@ -94,9 +149,17 @@ def test_what_was_tried_is_said_in_order() -> None:
         ({"rungs": ["retry", "retry"]}, "names one twice"),
         ({"rungs": ["retry"], "learning_rate_factor": 0.5}, "lower_learning_rate"),
         ({"learning_rate_factor": 1.0}, "less than 1"),
+        ({"rungs": ["retry"], "exclude_batches": 3}, "add it to rungs"),
         ({"rungs": ["pray"]}, "Input should be"),
     ],
 )
 def test_a_policy_that_contradicts_itself_is_refused(block: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         RecoverySection.model_validate(block)
+
+
+@pytest.mark.parametrize(("code", "onset", "is_left_out"), [("N6", 8, False), ("N6", 9, True), ("N2", 1, True)])
+def test_a_loss_that_rises_from_the_first_steps_on_is_not_blamed_on_the_data(
+    code: str, onset: int, is_left_out: bool
+) -> None:
+    assert (exclude(code, onset, []) is not None) is is_left_out

@@ -7,6 +7,7 @@ import pytest
 
 from mpt.errors import StorageError
 from mpt.hardware.specs import parse_machine
+from mpt.planning.data_window import DataWindow, windows_of
 from mpt.planning.decision import Origin
 from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.plan import Plan, resolve
@@ -147,3 +148,12 @@ def test_what_the_user_sets_anew_is_the_users(key: str, left: list[str]) -> None
     accepted = {"kind": "changes_accepted", "changes": [{"key": key, "was": 1, "now": 2}]}
     assert [repair.kind for repair in repairs_of([*events, accepted])] == left
     assert len(repairs_of([accepted, *events])) == 4  # a repair made since then holds
+
+
+def test_data_that_are_left_out_are_a_planned_value_and_change_no_other() -> None:
+    base = plan_of("cpu", micro_batch_size=8)
+    values = {"code": "N2", "onset": 6, "until": 8, "epoch": 0, "first": 40, "last": 56}
+    left = apply(base, [Repair("retry", {"code": "N2", "onset": 6}), Repair("exclude_data", values)])
+    assert changes(base, left) == [Change("excluded_data", None, "epoch 0: 40 to 55")]
+    assert left.training_arguments == base.training_arguments
+    assert windows_of(Plan.from_json(left.to_json()).repairs) == (DataWindow(0, 40, 56),)
