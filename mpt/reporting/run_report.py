@@ -1,0 +1,117 @@
+"""What a run was planned as, what each restart changed of that, and what came of it: from its plans on the disk.
+
+`mpt report` prints it. Where `mpt doctor` judges, this lists: the difference between the plans of two attempts is what
+was changed, whoever changed it. Pure, but for the reading in `gather_report`.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mpt.errors import StorageError
+from mpt.planning.plan import Plan
+from mpt.planning.repair import Change, changes
+from mpt.reporting.summary import summarise
+from mpt.running.journal import read_events, spell_non_finite
+from mpt.running.metrics import every_row
+from mpt.running.run_directory import RunDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptReport:
+    """An attempt: where it began, which steps it made (None: none), what its plan has otherwise than the one before,
+    why, and how it ended (None: it has not, or nobody was there to say)."""
+
+    number: int
+    resume_from: str | None
+    first_step: int | None
+    last_step: int | None
+    changes: tuple[Change, ...]
+    reason: str | None
+    ended: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """A run's summary, as `mpt train --json` has it, and its attempts, oldest first."""
+
+    summary: Mapping[str, Any]
+    attempts: tuple[AttemptReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give it as JSON values; non-finite numbers are texts."""
+        listed = [asdict(attempt) for attempt in self.attempts]
+        return dict(spell_non_finite({**self.summary, "attempts": listed}))
+
+
+def gather_report(run: RunDirectory) -> RunReport:
+    """Read a run's directory. Raises StorageError where its journal or a plan is damaged."""
+    events = read_events(run.journal)
+    made: dict[int, list[int]] = {}
+    for row in every_row(run):
+        made.setdefault(int(row["attempt"]), []).append(int(row["step"]))
+    attempts: list[AttemptReport] = []
+    before: Plan | None = None
+    for number in run.attempt_numbers():
+        plan = _read_plan(run, number)
+        steps = made.get(number, [])
+        attempts.append(
+            AttemptReport(
+                number,
+                plan.resume_from,
+                min(steps, default=None),
+                max(steps, default=None),
+                () if before is None else tuple(changes(before, plan)),
+                _reason(events, number),
+                next((e["reason"] for e in events if e["attempt"] == number and e["kind"] == "attempt_ended"), None),
+            )
+        )
+        before = plan
+    return RunReport(summarise(run), tuple(attempts))
+
+
+def to_text(report: RunReport) -> str:
+    """Write a report for a terminal."""
+    summary = report.summary
+    named = (("train", summary["train_loss"]), ("evaluation", summary["eval_loss"]))
+    losses = [f"{what} loss {loss:.4f}" for what, loss in named if isinstance(loss, float)]
+    came = ", ".join([str(summary["outcome"]), f"{summary['steps']} steps", *losses])
+    lines = [f"{summary['run_dir']}: {came}"]
+    for attempt in report.attempts:
+        lines += _told(attempt)
+    return "\n".join(lines)
+
+
+def _told(attempt: AttemptReport) -> Sequence[str]:
+    start = attempt.resume_from or "the beginning"
+    steps = "no step" if attempt.first_step is None else f"steps {attempt.first_step} to {attempt.last_step}"
+    lines = [f"attempt {attempt.number}: from {start}, {steps}"]
+    if attempt.reason is not None:
+        lines.append(f"  because  {attempt.reason}")
+    lines += [f"  changed  {change.key}: {_say(change.was)} -> {_say(change.now)}" for change in attempt.changes]
+    if attempt.ended is not None:
+        lines.append(f"  ended    {attempt.ended}")
+    return lines
+
+
+def _say(value: Any) -> str:
+    return "(none)" if value is None else str(value)
+
+
+def _reason(events: Sequence[Mapping[str, Any]], number: int) -> str | None:
+    """Find why the plan was changed for an attempt: recovery's reason, or the user who said so."""
+    for event in events:
+        if event["kind"] == "plan_changed" and event["attempt"] == number - 1:
+            return str(event["reason"])
+        if event["kind"] == "changes_accepted" and event["attempt"] == number - 1:
+            return "--accept-changes"
+    return None
+
+
+def _read_plan(run: RunDirectory, number: int) -> Plan:
+    path = run.attempt(number).plan
+    try:
+        return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{path} can't be read ({error})", remedy="Restore it from a copy.") from error
