@@ -114,6 +114,11 @@ class HealthMonitor:
         """How many applied steps in a row were healthy, up to now."""
         return self._healthy_steps
 
+    def norm_limit(self) -> float | None:
+        """Give the gradient norm above which the next step's is a spike; None: none would be. For an engine that learns
+        the norm within its own step, and clips there."""
+        return self._norms.limit() if self._judges_spikes else None
+
     def before_update(
         self, step: int, loss: float, grad_norm: float | None, loss_scale: float | None, learning_rate: float
     ) -> Verdict:
@@ -127,18 +132,21 @@ class HealthMonitor:
         self._note_health(verdict)
         return verdict
 
-    def after_update(self, step: int, *, applied: bool, grad_norm: float | None = None) -> Verdict:
+    def after_update(
+        self, step: int, *, applied: bool, grad_norm: float | None = None, limit: float | None = None
+    ) -> Verdict:
         """Judge what came of the step: `applied` says whether the weights have changed, by whoever decided that.
 
-        `grad_norm` is for a norm that was not known before. Such a verdict comes too late to act on the update: SKIP
-        says that it was left out, N5 is only reported, and ROLL_BACK ends the attempt.
+        `grad_norm` is for a norm that was not known before, and `limit` is what the engine clipped it to where it was
+        larger. Such a verdict comes too late to act on the update: SKIP says that it was left out, CLIP that it was
+        clipped, N5 with APPLY that it was not, and ROLL_BACK ends the attempt.
         """
         now, self._step = self._step, None
         assert now is not None and now.number == step, f"after_update({step}) without its before_update"
         is_late = now.grad_norm is None
         if is_late:
             now.grad_norm = grad_norm
-        found = self._judge_outcome(now, applied=applied, is_late=is_late)
+        found = self._judge_outcome(now, applied=applied, is_late=is_late, limit=limit)
         code = now.code if found.code is None else found.code
         if code not in (Code.N2, Code.N3):
             self._non_finite.clear_row()
@@ -197,7 +205,7 @@ class HealthMonitor:
         reason = f"{high_loss.reason}; {high_norm.reason}"
         return replace(high_loss, action=high_norm.action, clip_to=high_norm.clip_to, reason=reason)
 
-    def _judge_outcome(self, now: _Step, *, applied: bool, is_late: bool) -> Verdict:
+    def _judge_outcome(self, now: _Step, *, applied: bool, is_late: bool, limit: float | None) -> Verdict:
         """Judge what was not known before the update."""
         norm = now.grad_norm
         if applied and (now.code is Code.N2 or (norm is not None and is_lost(norm))):
@@ -210,8 +218,10 @@ class HealthMonitor:
             return self._lose(now, norm)
         if not is_late or norm is None:
             return FINE
-        high = self._judge_norm(now.number, norm)
-        return FINE if high is None else replace(high, action=Action.APPLY, clip_to=None)
+        high = self._judge_norm(now.number, norm, limit)
+        if high is None:
+            return FINE
+        return high if limit is not None else replace(high, action=Action.APPLY, clip_to=None)
 
     def _lose(self, now: _Step, norm: float | None) -> Verdict:
         """Judge a gradient that is not finite, by its norm or by an optimizer that refused it."""
@@ -223,8 +233,8 @@ class HealthMonitor:
         reason = f"a gradient is not finite at a loss scale{scale}: the update is left out"
         return Verdict(Action.SKIP, Code.N0, "grad_norm", norm, reason, now.number)
 
-    def _judge_norm(self, step: int, norm: float) -> Verdict | None:
-        return self._norms.judge(step, norm) if self._judges_spikes and norm > 0 else None
+    def _judge_norm(self, step: int, norm: float, clipped_to: float | None = None) -> Verdict | None:
+        return self._norms.judge(step, norm, clipped_to) if self._judges_spikes and norm > 0 else None
 
     def _note_health(self, verdict: Verdict) -> None:
         if verdict.code not in (None, Code.N0):

@@ -36,8 +36,18 @@ class GradientSpikes:
         self._rejected: list[float] = []
         self._onset = 0
 
-    def judge(self, step: int, norm: float) -> Verdict | None:
-        """Judge a finite norm above 0; None: nothing to say. CLIP, or APPLY where a new level is accepted."""
+    def limit(self) -> float | None:
+        """Give the norm above which the next one is a spike; None where none would be clipped: too few were seen, or
+        the next one is taken for the new level."""
+        if len(self._accepted) < self.min_seen or len(self._rejected) >= self.max_clips:
+            return None
+        return math.exp(self._accepted.median() + self.sigmas * max(self._accepted.sigma(), FLOOR))
+
+    def judge(self, step: int, norm: float, clipped_to: float | None = None) -> Verdict | None:
+        """Judge a finite norm above 0; None: nothing to say. CLIP, or APPLY where a new level is accepted.
+
+        CLIP is to the median, unless the gradient is `clipped_to` another norm already.
+        """
         value = math.log(norm)
         if len(self._accepted) < self.min_seen:
             self._accepted.add(value)
@@ -60,6 +70,9 @@ class GradientSpikes:
             self._rejected.clear()
             reason = f"{high}, for {row} steps: this is the new level"
             return Verdict(Action.APPLY, Code.N5, "grad_norm", norm, reason, self._onset)
+        if clipped_to is not None:
+            reason = f"{high}: clipped to {clipped_to:.4g}"
+            return Verdict(Action.CLIP, Code.N5, "grad_norm", norm, reason, self._onset, clipped_to)
         return Verdict(Action.CLIP, Code.N5, "grad_norm", norm, f"{high}: clipped to it", self._onset, clip_to)
 
     def state(self) -> dict[str, Any]:

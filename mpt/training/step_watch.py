@@ -132,8 +132,9 @@ class StepWatch:
             self.give_up_scale()
         return step
 
-    def conclude(self, *, applied: bool, grad_norm: float | None = None) -> None:
-        """Judge what came of the step: whether the weights have changed, and a norm that was not known before.
+    def conclude(self, *, applied: bool, grad_norm: float | None = None, limit: float | None = None) -> None:
+        """Judge what came of the step: whether the weights have changed, and a norm that was not known before, which
+        the engine has clipped to `limit`.
 
         Raises Diverged where the run must go back.
         """
@@ -141,7 +142,9 @@ class StepWatch:
         if grad_norm is not None:
             self.step.grad_norm = grad_norm
         self.step.skipped = not applied
-        self._heed(self.health.after_update(self.step.number, applied=applied, grad_norm=grad_norm), late=True)
+        self._heed(
+            self.health.after_update(self.step.number, applied=applied, grad_norm=grad_norm, limit=limit), late=True
+        )
 
     def give_up_scale(self) -> None:
         """End the attempt: an overflow at the floor of the loss scale, which can give no more room."""

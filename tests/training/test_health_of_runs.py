@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from tests.training.tiny_runs import FP16, Run
 
@@ -122,3 +123,21 @@ def test_a_checkpoint_is_known_good_after_healthy_updates(new_run: MakeRun) -> N
     assert restless.train() == 0, restless.log()
     good = [(event["name"]) for event in restless.events if event["kind"] == "checkpoint_good"]
     assert good == ["checkpoint-2"]  # the fourth step was a bad one: what was saved there is no candidate
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_deepspeed_clips_a_spike_of_the_gradient_within_its_own_step(strategy: str, new_run: MakeRun) -> None:
+    run = new_run(
+        distributed={"strategy": strategy},
+        training={"save_steps": 8, "max_grad_norm": 0.0},
+        health={"min_seen": 4, "window": 8},
+    )
+    run.fault = {"times_loss_at": [8], "by": 1e4}
+    assert run.train() == 0, run.log()
+    (event,) = [event for event in run.events if event["kind"] == "health"]
+    assert (event["code"], event["action"], event["step"]) == ("N5", "clip", 8)
+    (file,) = run.directory.checkpoints.glob("checkpoint-8/global_step*/*_optim_states.pt")
+    state = torch.load(file, weights_only=False)["optimizer_state_dict"]
+    if strategy == "zero2":  # ZeRO-3 does not save what its optimizer clips to
+        assert 0 < state["clip_grad"] < run.steps[8]["grad_norm"] / 100
+        assert f"clipped to {state['clip_grad']:.4g}" in event["reason"]

@@ -268,6 +268,30 @@ def test_a_late_spike_is_reported_and_nothing_is_asked_for() -> None:
     assert made.monitor.healthy_steps == 0
 
 
+def test_an_engine_that_clips_by_itself_is_told_the_limit_beforehand() -> None:
+    made = run()
+    assert made.monitor.norm_limit() is None  # nothing is judged before 32 values
+    made.quiet(100)
+    limit = made.monitor.norm_limit()
+    assert limit is not None
+    for norm, action in ((limit * 0.999, Action.APPLY), (limit * 1.001, Action.CLIP)):
+        made.monitor.before_update(101, 2.0, None, None, 1e-3)
+        verdict = made.monitor.after_update(101, applied=True, grad_norm=norm, limit=limit)
+        assert verdict.action is action
+    assert (verdict.code, verdict.clip_to) == (Code.N5, limit)
+    assert f"clipped to {limit:.4g}" in verdict.reason
+    assert run(spikes=False).monitor.norm_limit() is None
+
+
+def test_the_limit_is_lifted_where_the_next_norm_is_the_new_level() -> None:
+    made = run()
+    made.quiet(100, norm=0.5)
+    for _ in range(16):
+        assert made.monitor.norm_limit() is not None
+        made.step(2.0, 50.0)
+    assert made.monitor.norm_limit() is None
+
+
 # --- spikes of the gradient
 
 
