@@ -11,6 +11,7 @@ from mpt.errors import MptError, StorageError
 from mpt.hardware.machine import Machine
 from mpt.hardware.machine_json import machine_from_json, machine_to_json
 from mpt.planning.attention import choose_attention
+from mpt.planning.background_saving import choose_background_saving
 from mpt.planning.decision import Decision, Origin, Rejected
 from mpt.planning.deepspeed import to_deepspeed
 from mpt.planning.float8_engine import check_recomputed, choose_compile, choose_float8
@@ -186,6 +187,7 @@ def resolve(
         "learning_rate": _training_value(recipe, "learning_rate"),
         "lr_scheduler": _training_value(recipe, "lr_scheduler_type"),
         "max_steps": _max_steps(recipe),
+        "background_saving": choose_background_saving(recipe, machine, layout.memory, layout.strategy.value),
     }
     values = {key: _plain(decision) for key, decision in values.items()}
     deepspeed: dict[str, Any] | None = None

@@ -387,17 +387,22 @@ class RecoverySection(Section):
     """What is done where the numbers go bad for good: the run goes back to a checkpoint that is known to be good, and
     on from there under the next of these changes. After the last it ends with exit code 81 and says what was tried."""
 
-    rungs: list[Literal["retry", "lower_learning_rate", "raise_precision"]] = [
+    rungs: list[Literal["retry", "exclude_data", "lower_learning_rate", "raise_precision"]] = [
         "retry",
+        "exclude_data",
         "lower_learning_rate",
         "raise_precision",
     ]
-    """In this order. retry: unchanged, once for an event at a position. lower_learning_rate: twice at most.
+    """In this order. retry: unchanged, once for an event at a position. exclude_data: without the samples around the
+    event, for good; three times at most, and not for streamed data. lower_learning_rate: twice at most.
     raise_precision: fp8, mxfp8, fp16 and bf16_pure to bf16 where it is native, else to fp32; bf16 to fp32. A loss scale
     that can give no more room and an fp16 overflow in the forward pass come to raise_precision at once. An empty list:
     exit code 81 at once."""
     margin: Annotated[Integer, Field(ge=0)] = 100
     """Steps before the event's first one that a known-good checkpoint must lie, where there is such a one."""
+    exclude_batches: PositiveInt = 200
+    """Global batches that exclude_data leaves out, a quarter of them before the event; at most 2 % of an epoch (or 8,
+    where that is more) and half of it."""
     learning_rate_factor: Annotated[Number, Field(gt=0, lt=1)] = 0.5
     """What the learning rate is multiplied by."""
     rewarm_steps: Annotated[Integer, Field(ge=0)] = 100
@@ -409,6 +414,8 @@ class RecoverySection(Section):
             raise ValueError("rungs names one twice; each is climbed as often as it may be anyway")
         if "lower_learning_rate" not in self.rungs and {"learning_rate_factor", "rewarm_steps"} & self.model_fields_set:
             raise ValueError("learning_rate_factor and rewarm_steps are for lower_learning_rate; add it to rungs")
+        if "exclude_data" not in self.rungs and "exclude_batches" in self.model_fields_set:
+            raise ValueError("exclude_batches is for exclude_data; add it to rungs")
         return self
 
 
@@ -551,6 +558,9 @@ class Recipe(Section):
     """What is done where the numbers go bad for good."""
     health: HealthSection = HealthSection()
     """What the run's numbers may do before something is done about them."""
+    background_saving: Literal["auto"] | Flag = "auto"
+    """Write checkpoints while the training goes on, from a copy in the host's memory. auto: on a GPU, where one process
+    or DDP trains and the copy takes no more than half of that memory. The last checkpoint is always waited for."""
     compare: CompareSection | None = None
     """Compare the precision with another one before the run."""
 

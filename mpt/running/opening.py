@@ -27,7 +27,7 @@ from mpt.running.repairs import repaired
 from mpt.running.run_directory import RunDirectory, write_atomically, write_json, writing
 
 # What may change between two starts of a run without changing what is trained; the keys below each one too.
-FREE = ("description", "name", "restart", "recovery", "compare")
+FREE = ("description", "name", "restart", "recovery", "compare", "background_saving")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")
 
 
@@ -156,12 +156,15 @@ def _changes(plan: Plan, run: RunDirectory, newest: int) -> list[tuple[str, Any,
         ) from error
     plan = repaired(plan, [Repair.from_json(data) for data in before.repairs])  # like with like
     asked = _differences(_asked(before), _asked(plan))
-    told = {(key.rpartition(".")[2], str(was), str(now)) for key, was, now in asked}
-    decided = _differences(_decided(before), _decided(plan))
-    return [
-        *(change for change in asked if not _is_free(change[0])),
-        *(change for change in decided if (change[0].rpartition(".")[2], str(change[1]), str(change[2])) not in told),
-    ]
+    told = {_in_short(change) for change in asked}
+    decided = [change for change in _differences(_decided(before), _decided(plan)) if _in_short(change) not in told]
+    return [change for change in (*asked, *decided) if not _is_free(change[0])]
+
+
+def _in_short(change: tuple[str, Any, Any]) -> tuple[str, str, str]:
+    """Give what tells one change from another, however its key is spelt."""
+    key, was, now = change
+    return key.rpartition(".")[2], str(was), str(now)
 
 
 def _is_free(key: str) -> bool:

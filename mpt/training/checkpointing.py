@@ -3,12 +3,16 @@
 A disk that refuses costs a checkpoint and not the run: a save is tried twice, then the training goes on with the older
 checkpoint intact; the third failed save in a row ends it. No rank waits for one that failed: a failure to write is
 held until its rank has taken part in every collective of the save, and then told to all. `mpt.training.trainer` calls.
+
+Where the plan says so, rank 0 copies the weights and the optimizer's state to the host's memory, and a thread writes
+and commits them while the training goes on (`mpt.training.background`); what came of it is agreed on at the next save.
 """
 
 import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +24,7 @@ from mpt.errors import StorageError
 from mpt.running import checkpoints
 from mpt.running.lineage import current_lineage
 from mpt.running.retention import KEPT_CHECKPOINTS, prune
+from mpt.training.background import Background, Pending
 from mpt.training.finite import bad_state
 from mpt.training.saving import clear_staging, name_best_relatively, storage_errors
 
@@ -46,6 +51,8 @@ class Saver:
         self._held: StorageError | None = None
         self._is_holding = False
         self._best: tuple[float | None, int | None] = (None, None)  # metric and step as of the newest checkpoint
+        self.background = Background() if trainer.plan.value("background_saving") else None
+        self._pending: Pending | None = None
         if self.is_writer:
             clear_staging(self.run.checkpoints)
 
@@ -69,11 +76,18 @@ class Saver:
         too many have failed in a row.
         """
         trainer, step = self.trainer, self.trainer.state.global_step
-        if self.newest == _name(step):
+        if self.newest == _name(step) or (self._pending is not None and self._pending.step == step):
             return
         trainer._phase("saving")
+        self._settle()
         trainer._refuse(bad_state(trainer), "not finite, and kept out of the checkpoint")
-        problem = self._try(write, step)
+        if self.background is not None and not is_needed:
+            problem = self._begin_in_background(write, step, self.background)
+            if problem is None:
+                trainer._phase("training")
+                return
+        else:
+            problem = self._try(write, step)
         if problem is not None:
             self._make_room()
             problem = self._try(write, step)
@@ -84,6 +98,11 @@ class Saver:
             self._note_failed(step, problem, is_needed=is_needed)
         trainer.state.best_model_checkpoint = self.best_checkpoint()
         trainer._phase("training")
+
+    def finish(self) -> None:
+        """Wait for what is written in the background, whatever ends the training. No other rank is waited for."""
+        if self._pending is not None and self._pending.future is not None:
+            self._note_committed(self._pending)
 
     @contextmanager
     def holding(self) -> Iterator[None]:
@@ -114,6 +133,8 @@ class Saver:
         enough = health.known_good_after
         if not self.is_writer or health.healthy_steps < enough:
             return
+        if self._pending is not None and self._pending.future is not None and self._pending.future.done():
+            self._note_committed(self._pending)
         for candidate in [saved for saved in self._candidates if saved + enough <= step]:
             self._candidates.remove(candidate)
             if (self.run.checkpoints / _name(candidate)).is_dir():
@@ -136,7 +157,78 @@ class Saver:
             self.staging, self._is_holding = None, False
         problem = self._agree(self._held)
         if problem is None:
-            problem = self._agree(self._commit(staging, step) if self.is_writer else None)
+            problem = self._agree(self._complete_and_commit(staging, step) if self.is_writer else None)
+        return problem
+
+    def _begin_in_background(self, write: Callable[[], None], step: int, background: Background) -> StorageError | None:
+        """Write what is small, copy what is large, and leave the rest to the thread of rank 0; give what a disk refused
+        by then, the same on every rank."""
+        staging = self.run.checkpoints / f".staging-{step}"
+        self.staging, self._held, self._is_holding = staging, None, True
+        try:
+            with background.copying() as copied, self.holding():
+                write()
+        finally:
+            self.staging, self._is_holding = None, False
+        if self._held is None and self.is_writer:
+            try:
+                self._complete(staging, step)
+            except StorageError as error:
+                self._held = error
+        problem = self._agree(self._held)
+        if problem is not None:
+            return problem
+        state, health = self.trainer.state, self.trainer.watch.health
+        self._pending = Pending(step, is_healthy=health.is_healthy, best=(state.best_metric, state.best_global_step))
+        if self.is_writer:
+            self._pending.future = background.submit(partial(self._write_and_commit, copied, staging, step))
+        return None
+
+    def _settle(self) -> None:
+        """Agree on what came of the save in the background; each rank begins its next save with this.
+
+        Raises StorageError where too many have failed in a row.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        if pending.future is not None:
+            self._note_committed(pending)
+        problem = self._agree(pending.problem)
+        self.trainer.state.best_model_checkpoint = self.best_checkpoint()
+        if problem is not None:
+            self._make_room()
+            self._note_failed(pending.step, problem, is_needed=False)
+            return
+        self.newest = _name(pending.step)
+        self._failed_in_a_row = 0
+        self._best = pending.best
+
+    def _note_committed(self, pending: Pending) -> None:
+        """Take over, on rank 0, what its thread has come to; waits for it. Raises what is no matter of storage."""
+        assert pending.future is not None
+        pending.problem, pending.future = pending.future.result(), None
+        if pending.problem is None and pending.is_healthy:
+            self._candidates.append(pending.step)
+
+    def _write_and_commit(self, copied: list[Callable[[], None]], staging: Path, step: int) -> StorageError | None:
+        """Write the copies and commit; try twice. Runs in the thread, and knows nothing that the training changes."""
+        problem = None
+        for _ in range(2):
+            try:
+                with storage_errors(self.run.checkpoints):
+                    for write in copied:
+                        write()
+            except StorageError as error:
+                problem = error
+            else:
+                problem = self._commit(staging, step)
+            if problem is None:
+                self.trainer.journal.append("checkpoint_saved", step=step, name=_name(step))
+                self._prune()
+                return None
+            with suppress(StorageError):
+                self._prune()
         return problem
 
     def _in_step(self) -> AbstractContextManager[None]:
@@ -157,21 +249,31 @@ class Saver:
         words, remedy = next(one for one in told if one is not None)
         return StorageError(words, remedy=remedy)
 
+    def _complete_and_commit(self, staging: Path, step: int) -> StorageError | None:
+        try:
+            self._complete(staging, step)
+        except StorageError as error:
+            return error
+        return self._commit(staging, step)
+
+    def _complete(self, staging: Path, step: int) -> None:
+        """Add to what the Trainer wrote what mpt knows of the step. Raises StorageError."""
+        with storage_errors(self.run.checkpoints):
+            name_best_relatively(staging / _name(step), self._best_name())
+            # What later verdicts depend on: a resumed run judges as one never interrupted.
+            health = json.dumps(self.trainer.watch.health.state())
+            (staging / _name(step) / HEALTH_FILE).write_text(health, encoding="utf-8")
+
     def _commit(self, staging: Path, step: int) -> StorageError | None:
         """Make a checkpoint of what all ranks wrote; give what the disk refused.
 
         Raises StorageError where the journal is damaged: no other try mends that.
         """
         lineage = current_lineage(self.run)
-        written = staging / _name(step)
         try:
             with storage_errors(self.run.checkpoints):
-                name_best_relatively(written, self._best_name())
-                # What later verdicts depend on: a resumed run judges as one never interrupted.
-                health = json.dumps(self.trainer.watch.health.state())
-                written.joinpath(HEALTH_FILE).write_text(health, encoding="utf-8")
                 checkpoints.commit(
-                    written,
+                    staging / _name(step),
                     self.run.checkpoints / _name(step),
                     step=step,
                     world_size=self.trainer.args.world_size,

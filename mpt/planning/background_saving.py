@@ -1,0 +1,40 @@
+"""Whether checkpoints are written while the training goes on, from a copy in the host's memory. Pure."""
+
+from mpt.errors import MptError
+from mpt.hardware.machine import Machine
+from mpt.planning.decision import Decision, Origin
+from mpt.planning.memory import MemoryEstimate
+from mpt.recipe.schema import Recipe
+from mpt.terms import Strategy
+
+# What is copied, in terms of the optimizer's states: AdamW's two, and the weights.
+COPIED = 1.5
+# Of the host's memory; data, loaders and the page cache that the checkpoint is written through need the rest.
+HOST_SHARE = 0.5
+
+
+def choose_background_saving(
+    recipe: Recipe, machine: Machine, memory: MemoryEstimate, strategy: Strategy
+) -> Decision[bool]:
+    """Decide; `memory` is what a rank holds.
+
+    Raises MptError where the recipe asks for it under DeepSpeed, whose ranks write a checkpoint together.
+    """
+    asked = recipe.background_saving
+    if strategy.zero_stage is not None:
+        if asked is True:
+            raise MptError(
+                f"background_saving is true, and under {strategy.value} every rank writes its part within DeepSpeed's "
+                "own save",
+                remedy="Leave background_saving out, or ask for `distributed: {strategy: ddp}`.",
+            )
+        return Decision(False, Origin.DERIVED, "DeepSpeed's ranks write a checkpoint together")
+    if asked != "auto":
+        return Decision(asked, Origin.ASKED, "the recipe asks for it")
+    if machine.is_cpu:
+        return Decision(False, Origin.AUTO, "on a CPU the copy would take the memory and cores that train")
+    needed = COPIED * memory.parts_gib.get("optimizer", 0.0)
+    host = machine.host_memory_gib
+    if host is not None and needed > HOST_SHARE * host:
+        return Decision(False, Origin.AUTO, f"the copy takes {needed:.0f} GiB of the host's {host:.0f}")
+    return Decision(True, Origin.AUTO, f"training waits only for a copy of {needed:.1f} GiB in the host's memory")
