@@ -45,6 +45,8 @@ def _register() -> None:
     from mpt.cli.formats import formats
     from mpt.cli.generate_ds_config import generate_ds_config
     from mpt.cli.plan import plan
+    from mpt.cli.replay import replay
+    from mpt.cli.report import report
     from mpt.cli.schema import schema
     from mpt.cli.search_precision import search_precision
     from mpt.cli.train import train
@@ -56,6 +58,8 @@ def _register() -> None:
     app.add_typer(recipes.app, name="recipes")
     app.add_typer(checkpoints.app, name="checkpoints")
     app.command("doctor")(doctor)
+    app.command("report")(report)
+    app.command("replay")(replay)
     app.command("schema")(schema)
     app.command("detect-precision")(detect_precision)
     app.command("generate-ds-config")(generate_ds_config)

@@ -12,10 +12,14 @@ from mpt.running.run_directory import AttemptDirectory, write_json
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """`steps` optimizer steps are made, or fewer where the run has fewer; `keeps_gradients` of the first one."""
+    """`steps` optimizer steps are made, or fewer where the run has fewer; `keeps_gradients` of the first one.
+
+    `incident` is the folder of an incident whose step is made again, in the place of the run's own data and weights.
+    """
 
     steps: int
     keeps_gradients: bool = False
+    incident: str | None = None
 
 
 def gradients_file(attempt: AttemptDirectory) -> Path:

@@ -2,7 +2,8 @@
 the format first. Called when an attempt ends for its numbers, while the weights are still those from before the update.
 
 Nothing here changes a weight. A batch that is finite the second time points to the machine, or to an operation that
-does not repeat; one that is not points to the run.
+does not repeat; one that is not points to the run. Where numbers went bad without ceasing to be finite (a loss that
+rose, a model that learns no more), the largest weight and the largest output are what can be told.
 """
 
 import math
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from mpt.training import findings
 from mpt.training.precision.watching import DTYPE_NAMES
+from mpt.training.verdict import Code
 
 if TYPE_CHECKING:
     from mpt.training.trainer import PlanTrainer
@@ -30,6 +32,8 @@ THROWN = 1e4
 @dataclass(slots=True)
 class Autopsy:
     """What the second computation showed. `module` None: none of them, the loss itself or nothing at all.
+
+    `reproduced`: something is not finite again.
 
     `direction` is forward or backward; `largest_input` and `largest_output` are the largest finite magnitudes there,
     the output's in fp32 where it could be computed so. `limit` is the largest number of `format`.
@@ -53,27 +57,34 @@ class Autopsy:
         return asdict(self)
 
 
-def examine(trainer: "PlanTrainer", batches: list[Any], items: Any, random_state: torch.Tensor | None) -> Autopsy:
+def examine(
+    trainer: "PlanTrainer", batches: list[Any], items: Any, random_state: torch.Tensor | None, code: str
+) -> Autopsy:
     """Compute a step's micro batches again on this rank, and stop at the first that is not finite.
 
     Every rank calls it with as many micro batches: under ZeRO-3 a forward pass gathers weights. Gradients are looked at
-    where the engine leaves them to torch.
+    where the engine leaves them to torch. `code` is the event that ended the attempt.
     """
     model = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
     if random_state is not None:
         torch.set_rng_state(random_state)
     found: Autopsy | None = None
+    widest = Autopsy(False)
     for number, inputs in enumerate(batches):
         trainer.model.zero_grad(set_to_none=True)
         with watching(findings.plain_model(trainer)) as witness, trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
+        if (witness.widest.largest_output or 0) > (widest.largest_output or 0):
+            widest = witness.widest
+            widest.micro_batch = number
         if found is None and witness.found is None and not trainer.is_deepspeed_enabled:
             witness = _backward(trainer, model, inputs, items)
         if found is None and (witness.found is not None or not math.isfinite(loss.item())):
             found = witness.found or Autopsy(True, kind=_kind(loss))
             found.micro_batch = number
     trainer.model.zero_grad(set_to_none=True)
-    found = found or Autopsy(False)
+    if found is None:
+        found = Autopsy(False) if code in (Code.N2, Code.N3) else _with_weights(widest, findings.plain_model(trainer))
     found.rank = trainer.args.process_index
     found.cause = explain(found)
     return found
@@ -86,6 +97,13 @@ def explain(found: Autopsy) -> str:
     ...                 largest_output=7.1e4, format="fp16", limit=65504.0))
     'fp16 overflow in model.layers.3.mlp.down_proj: |x| reached 7.1e+04, fp16 ends at 65504; bf16 would hold it'
     """
+    if not found.reproduced and found.module is not None:
+        thrown = found.largest_weight is not None and found.largest_weight > THROWN
+        blame = ": updates were too large (learning rate, warm-up, gradient clipping)" if thrown else ""
+        return (
+            f"every number is finite; the largest output is {found.largest_output:.1e} in {found.module}, the largest "
+            f"weight {found.largest_weight:.1e}{blame}"
+        )
     if not found.reproduced:
         return (
             "the same batch is finite when it is computed again: a fault of the machine, or of an operation that does "
@@ -113,16 +131,26 @@ class Witness:
 
     def __init__(self) -> None:
         self.found: Autopsy | None = None
+        self.widest = Autopsy(False)
 
     def after(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         """Look at what a module gave in the forward pass."""
         if self.found is None:
             self._look("forward", name, module, inputs, output)
+        if self.found is None and next(module.children(), None) is None:
+            self._measure(name, inputs, output)
 
     def after_backward(self, name: str, module: nn.Module, to_inputs: Any, of_output: Any) -> None:
         """Look at the gradient that a module hands on."""
         if self.found is None:
             self._look("backward", name, module, of_output, to_inputs)
+
+    def _measure(self, name: str, inputs: Any, output: Any) -> None:
+        """Remember the module without parts that gave the largest number."""
+        largest = max((_largest(value) for value in _floating(output)), default=0.0)
+        if largest > (self.widest.largest_output or 0.0):
+            into = max((_largest(value) for value in _floating(inputs)), default=None)
+            self.widest = Autopsy(False, direction="forward", module=name, largest_input=into, largest_output=largest)
 
     def _look(self, direction: str, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         bad = next((value for value in _floating(output) if not torch.isfinite(value).all()), None)
@@ -157,6 +185,13 @@ def watching(model: nn.Module, *, backward: bool = False) -> Iterator[Witness]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _with_weights(widest: Autopsy, model: nn.Module) -> Autopsy:
+    """Add the largest weight of the whole model; ZeRO-3 shows this rank's share of each."""
+    held = [getattr(weight, "ds_tensor", weight).detach() for weight in model.parameters()]
+    widest.largest_weight = max((_largest(weight) for weight in held if weight.is_floating_point()), default=0.0)
+    return widest
 
 
 def _backward(trainer: "PlanTrainer", model: Any, inputs: Any, items: Any) -> Witness:

@@ -73,6 +73,8 @@ class PackedBlocks(torch.utils.data.Dataset):
 class PackedCollator:
     """Stack blocks of one length; the labels are the tokens themselves (the model shifts them)."""
 
+    draws_random_numbers = False
+
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         tokens = torch.stack([torch.as_tensor(sample["input_ids"], dtype=torch.int64) for sample in samples])
         return {"input_ids": tokens, "labels": tokens}
@@ -80,6 +82,8 @@ class PackedCollator:
 
 class PaddedCollator:
     """Pad to the longest sample of the batch; pads are masked and their labels ignored."""
+
+    draws_random_numbers = False
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id

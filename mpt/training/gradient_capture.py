@@ -4,11 +4,8 @@
 (`mpt.running.measured`) both calls do nothing.
 """
 
-import json
-import struct
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +13,7 @@ from mpt.running.measured import asked_measure, gradients_file
 from mpt.running.run_directory import AttemptDirectory
 from mpt.training.outcome import Stopped
 from mpt.training.saving import storage_errors
+from mpt.training.tensor_file import whole_shape, write_tensors
 
 if TYPE_CHECKING:
     from mpt.training.trainer import PlanTrainer
@@ -60,7 +58,8 @@ class Measurement:
                 pass
             return
         with storage_errors(self._file):
-            write_tensors(self._file, named, gradients, {"dropout": str(_dropout(trainer))})
+            shapes = [(name, whole_shape(weight)) for name, weight in named]
+            write_tensors(self._file, shapes, gradients, {"dropout": str(_dropout(trainer))})
 
     def after_step(self, trainer: "PlanTrainer") -> None:
         """End after the last step to measure, or where a stop was agreed on; raises Measured."""
@@ -69,28 +68,6 @@ class Measurement:
         step = trainer.state.global_step
         if step >= min(self._asked.steps, trainer.state.max_steps) or trainer.watch.stop_agreed:
             raise Measured(step)
-
-
-def write_tensors(
-    path: Path, named: Named, tensors: Iterator[torch.Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write fp32 tensors as a safetensors file, one at a time: they are never in memory together.
-
-    `named` gives names and shapes in the order of `tensors`. The format: eight bytes of length, a JSON header, the data
-    (https://github.com/huggingface/safetensors#format).
-    """
-    header: dict[str, Any] = {"__metadata__": metadata or {}}
-    end = 0
-    for name, weight in named:
-        shape = _shape(weight)
-        begin, end = end, end + 4 * shape.numel()
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors:
-            file.write(tensor.reshape(-1).numpy().data)
 
 
 def _gradients(named: Named, factor: float, *, by_deepspeed: bool) -> Iterator[torch.Tensor]:
@@ -102,7 +79,7 @@ def _gradients(named: Named, factor: float, *, by_deepspeed: bool) -> Iterator[t
 
             gradient = safe_get_full_grad(weight)
         if gradient is None:
-            yield torch.zeros(_shape(weight))
+            yield torch.zeros(whole_shape(weight))
         else:
             yield gradient.detach().cpu().float() * factor
 
@@ -113,10 +90,6 @@ def _unclip(grad_norm: float | None, max_grad_norm: float) -> float:
     if grad_norm is None or not max_grad_norm > 0:
         return 1.0
     return max(1.0, (grad_norm + 1e-6) / max_grad_norm)
-
-
-def _shape(weight: torch.Tensor) -> torch.Size:
-    return torch.Size(getattr(weight, "ds_shape", weight.shape))  # ZeRO-3 leaves an empty tensor behind
 
 
 def _dropout(trainer: "PlanTrainer") -> float:

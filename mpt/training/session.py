@@ -7,6 +7,8 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -20,21 +22,23 @@ from mpt.planning.number_formats import TORCH_ADAMW
 from mpt.planning.plan import Plan
 from mpt.running.heartbeat import Heartbeat
 from mpt.running.journal import Journal
+from mpt.running.measured import asked_measure
 from mpt.running.metrics import read_rows
 from mpt.running.run_directory import AttemptDirectory, RunDirectory
 from mpt.terms import DeviceKind, Feature, Task
 from mpt.training.adapters import add_adapters
 from mpt.training.audit import Audit
-from mpt.training.data import read_documents
+from mpt.training.data import Samples, read_documents
 from mpt.training.health import HealthMonitor, Thresholds
 from mpt.training.outcome import StopRequest
 from mpt.training.precision.apply import DTYPES, apply_precision
 from mpt.training.precision.pure_bf16 import PureBf16AdamW
+from mpt.training.replay import Replay
 from mpt.training.saving import full_weights, save_final
 from mpt.training.step_watch import StepWatch
 from mpt.training.tasks import task_module
-from mpt.training.tokenizer import is_trained, load_tokenizer, trained_tokenizer
-from mpt.training.trainer import PlanTrainer
+from mpt.training.tokenizer import is_trained, load_tokenizer, read_tokenizer, trained_tokenizer
+from mpt.training.trainer import PlanTrainer, data_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,32 +74,14 @@ def train(
     # accelerate writes this process's place in the group into the arguments; a barrier is a no-op on one process.
     barrier = dist.barrier if arguments.world_size > 1 else _no_barrier
 
+    asked = asked_measure(attempt)
+    replay = None if asked is None or asked.incident is None else Replay(Path(asked.incident), rank)
     phase("data")
-    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    with arguments.main_process_first(desc="preparing the data"):
-        documents = read_documents(plan.recipe.data, seed=seed)
-        if not is_trained(plan.recipe):
-            tokenizer = load_tokenizer(plan.recipe)
-    if is_trained(plan.recipe):
-        section = plan.recipe.tokenizer
-        asked = section.vocab_size if section is not None else plan.facts.vocab_size
-        tokenizer = trained_tokenizer(
-            run.path / "tokenizer",
-            lambda: (row["text"] for row in documents.train),
-            asked,
-            is_writer=is_writer,
-            barrier=barrier,
-        )
-        if len(tokenizer) < asked and is_writer:
-            journal.append(
-                "notice",
-                text=f"the text yields {len(tokenizer)} tokenizer entries of {asked}; the model keeps its planned size",
-            )
-    with arguments.main_process_first(desc="tokenising"):
-        samples = task.prepare_data(plan, documents, tokenizer)
-    if is_writer:
-        for notice in samples.notices:
-            journal.append("notice", text=notice)
+    if replay is None:
+        tokenizer, samples = _prepare(plan, run, arguments, journal, task, barrier)
+    else:
+        tokenizer = read_tokenizer(run.tokenizer) if is_trained(plan.recipe) else load_tokenizer(plan.recipe)
+        samples = Samples(replay.samples(plan.value("global_batch_size")), None)
 
     phase("model")
     model = task.build_model(plan, tokenizer, seed=arguments.seed)
@@ -120,6 +106,7 @@ def train(
             journal=journal,
             watch=watch,
             audit=Audit(plan, journal, attempt.audit, is_writer=is_writer),
+            replay=replay,
             model=model,
             args=arguments,
             train_dataset=samples.train,
@@ -131,6 +118,37 @@ def train(
     resume_from = None if plan.resume_from is None else str(run.checkpoints / plan.resume_from)
     trainer.train(resume_from_checkpoint=resume_from)
     return _finish(plan, run, trainer, tokenizer, phase, barrier)
+
+
+def _prepare(
+    plan: Plan, run: RunDirectory, arguments: TrainingArguments, journal: Journal, task: ModuleType, barrier: Any
+) -> tuple[Any, Samples]:
+    """Read the text, load or train the tokenizer, and tokenise: rank 0 first, the others from its cache."""
+    with arguments.main_process_first(desc="preparing the data"):
+        documents = read_documents(plan.recipe.data, seed=data_seed(arguments))
+        if not is_trained(plan.recipe):
+            tokenizer = load_tokenizer(plan.recipe)
+    if is_trained(plan.recipe):
+        section = plan.recipe.tokenizer
+        asked = section.vocab_size if section is not None else plan.facts.vocab_size
+        tokenizer = trained_tokenizer(
+            run.path / "tokenizer",
+            lambda: (row["text"] for row in documents.train),
+            asked,
+            is_writer=arguments.process_index == 0,
+            barrier=barrier,
+        )
+        if len(tokenizer) < asked and arguments.process_index == 0:
+            journal.append(
+                "notice",
+                text=f"the text yields {len(tokenizer)} tokenizer entries of {asked}; the model keeps its planned size",
+            )
+    with arguments.main_process_first(desc="tokenising"):
+        samples = task.prepare_data(plan, documents, tokenizer)
+    if arguments.process_index == 0:
+        for notice in samples.notices:
+            journal.append("notice", text=notice)
+    return tokenizer, samples
 
 
 @contextmanager

@@ -58,6 +58,11 @@ def trained_tokenizer(
         train_tokenizer(texts(), vocab_size).save_pretrained(str(staging))
         staging.rename(folder)
     barrier()
+    return read_tokenizer(folder)
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that a run has trained."""
     return AutoTokenizer.from_pretrained(str(folder))
 
 

@@ -12,14 +12,19 @@ from typing import Any
 import torch
 from accelerate.utils import DummyOptim
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import has_length
 
 from mpt.errors import UnsupportedError
+from mpt.planning.data_window import windows_of
 from mpt.planning.plan import Plan
 from mpt.running.journal import Journal
 from mpt.running.run_directory import RunDirectory
 from mpt.training.audit import Audit
+from mpt.training.background import trained_state
 from mpt.training.checkpointing import Saver
+from mpt.training.data_order import SAMPLE_IDS, DataOrder, Placed, PlacedCollator, keep_order
 from mpt.training.finite import bad_weights
 from mpt.training.gradient_capture import Measurement
 from mpt.training.health import Action, Code, Verdict
@@ -29,6 +34,7 @@ from mpt.training.precision.apply import DTYPES, fp8_context, fp8_recomputes, fp
 from mpt.training.precision.loss_scaling import build_scaler, hold_deepspeed_knobs, scale_at_floor
 from mpt.training.precision.reduction import ReduceIn, reduce_in
 from mpt.training.precision.transformer_engine import checkpoint_contexts
+from mpt.training.replay import Replay
 from mpt.training.step_watch import StepWatch
 
 
@@ -36,9 +42,18 @@ class PlanTrainer(Trainer):
     """Trains what a plan says. `train` raises Diverged, Stopped, UnsupportedError (by the audit) or StorageError."""
 
     def __init__(
-        self, *, plan: Plan, run: RunDirectory, journal: Journal, watch: StepWatch, audit: Audit, **keywords: Any
+        self,
+        *,
+        plan: Plan,
+        run: RunDirectory,
+        journal: Journal,
+        watch: StepWatch,
+        audit: Audit,
+        replay: Replay | None = None,
+        **keywords: Any,
     ) -> None:
         self.plan = plan
+        self.replay = replay
         self.run = run
         self.journal = journal
         self.watch = watch
@@ -47,12 +62,14 @@ class PlanTrainer(Trainer):
         self.last_evaluation: tuple[int, float | None] | None = None
         self.reduction: ReduceIn | None = None
         self.evidence = Evidence()
+        self.order: DataOrder | None = None
         self._fp8 = fp8_context(plan)
         self.saver = Saver(self)
         if fp8_recomputes(plan):
             arguments = keywords["args"]
             again = {"context_fn": checkpoint_contexts(self._fp8)}
             arguments.activation_checkpointing_kwargs = arguments.activation_checkpointing_kwargs | again
+        keywords["data_collator"] = PlacedCollator(keywords["data_collator"], data_seed(keywords["args"]))
         super().__init__(**keywords)
         self.pad_token_id = getattr(self.model.config, "pad_token_id", None)
         self.add_callback(StepHooks(self))
@@ -128,6 +145,19 @@ class PlanTrainer(Trainer):
         if steps and steps[-1] and hasattr(self.lr_scheduler, "lr_lambdas"):
             warm_up_again(self.optimizer, self.lr_scheduler, steps[-1], lambda: self.state.global_step - start)
 
+    # --- the data
+
+    def _get_dataloader(self, dataset: Any, *arguments: Any, is_training: bool = False, **keywords: Any) -> Any:
+        """Let training data with a length follow a data order of ours (`mpt.training.data_order`)."""
+        if not is_training or not has_length(dataset):
+            return super()._get_dataloader(dataset, *arguments, is_training=is_training, **keywords)
+        loader = super()._get_dataloader(Placed(dataset), *arguments, is_training=True, **keywords)
+        self.order = keep_order(loader, data_seed(self.args), windows_of(self.plan.repairs))
+        return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset.samples if isinstance(train_dataset, Placed) else train_dataset)
+
     # --- the step
 
     @property
@@ -140,9 +170,10 @@ class PlanTrainer(Trainer):
         try:
             return super().train(*arguments, **keywords)
         except Diverged as diverged:
-            if diverged.code in (Code.N2, Code.N3):
-                hold_inquest(self, diverged, self.evidence)
+            hold_inquest(self, diverged, self.evidence)
             raise
+        finally:
+            self.saver.finish()
 
     def compute_loss_context_manager(self) -> Any:
         stack = ExitStack()
@@ -150,17 +181,24 @@ class PlanTrainer(Trainer):
         stack.enter_context(self._fp8())
         return stack
 
-    def _run_epoch(self, *arguments: Any, **keywords: Any) -> None:
+    def _run_epoch(self, model: Any, epoch: int, *arguments: Any, **keywords: Any) -> None:
+        if self.order is not None:
+            self.order.set_epoch(
+                epoch
+            )  # accelerate does not reach it in a run that was taken up again on several ranks
         if self.state.global_step >= self.state.max_steps:
             # Resumed at the last step: the loop of transformers would make one more.
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*arguments, **keywords)
+        super()._run_epoch(model, epoch, *arguments, **keywords)
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
         self.watch.begin(self.state.global_step + 1, self.optimizer.param_groups[0]["lr"])
-        self.evidence.begin()
-        return super().get_batch_samples(*arguments, **keywords)
+        batches, items = super().get_batch_samples(*arguments, **keywords)
+        if self.replay is not None:
+            batches, items = self.replay.take(self.args.device)
+        self.evidence.begin([batch.pop(SAMPLE_IDS, None) for batch in batches])
+        return batches, items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.watch.add_batch(inputs)
@@ -232,9 +270,29 @@ class PlanTrainer(Trainer):
         write = partial(super()._save_checkpoint, model, trial)
         self.saver.save(write, is_needed=is_last or self.watch.stop_agreed)
 
-    def _save(self, *arguments: Any, **keywords: Any) -> None:
-        with self.saver.holding():  # on rank 0 alone, and a barrier follows
-            super()._save(*arguments, **keywords)
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the model; where it is saved in the background, a copy of it, later. On rank 0 alone, and a barrier
+        follows."""
+        background = self.saver.background
+        with self.saver.holding():
+            if background is None or not background.is_copying:
+                super()._save(output_dir, state_dict)
+                return
+            Path(str(output_dir)).mkdir(parents=True, exist_ok=True)  # the small files come first
+            weights = trained_state(self.model) if state_dict is None else state_dict
+            background.write_later(partial(super()._save, output_dir), weights)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        background = self.saver.background
+        if background is None or not background.is_copying:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.args.should_save:
+            folder = Path(output_dir)
+            with self.saver.holding():
+                torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+                save = partial(torch.save, f=folder / OPTIMIZER_NAME)
+                background.write_later(save, self.optimizer.state_dict())
 
     def _refuse(self, bad: str | None, where: str) -> None:
         """End the attempt where something is not finite: the last good checkpoint must stay the newest."""
@@ -259,6 +317,8 @@ class StepHooks(TrainerCallback):
         # the embedding of that token, which here is often the end of text (torch.nn.Embedding, padding_idx).
         trainer.model.config.pad_token_id = trainer.pad_token_id
         trainer.saver.restore()
+        if trainer.replay is not None:
+            trainer.replay.load_weights(trainer.model)
         trainer._refuse(bad_weights(trainer), "not finite before the first step")
         trainer.audit.after_set_up(trainer)
         trainer._phase("training")
@@ -268,7 +328,8 @@ class StepHooks(TrainerCallback):
                 step=state.global_step,
                 max_steps=state.max_steps,
                 epochs=args.num_train_epochs if args.max_steps <= 0 else state.num_train_epochs,
-                samples=len(trainer.train_dataset) if hasattr(trainer.train_dataset, "__len__") else None,
+                samples=len(trainer.train_dataset) if has_length(trainer.train_dataset) else None,
+                steps_per_epoch=steps_per_epoch(args, keywords["train_dataloader"]),
                 tokens_per_step=trainer.plan.value("global_batch_size") * trainer.plan.value("sequence_length"),
             )
 
@@ -309,6 +370,15 @@ class WatchedEngine(DeepSpeedEngineWrapper):
     def __init__(self, engine: Any, trainer: PlanTrainer) -> None:
         super().__init__(engine)
         self.trainer = trainer
+        self._clip_grad = float(engine.gradient_clipping())
+
+    def _clip_spikes(self) -> float | None:
+        """Have the engine clip what the health monitor would take for a spike, and give the norm that it clips such a
+        gradient to; None where nothing is a spike yet. The norm itself is known within the engine's step alone."""
+        limit = self.trainer.watch.health.norm_limit()
+        is_lower = limit is not None and (self._clip_grad == 0 or limit < self._clip_grad)
+        self.engine.optimizer.clip_grad = limit if is_lower else self._clip_grad
+        return limit if limit is None or is_lower else self._clip_grad
 
     def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **keywords: Any) -> None:
         engine, watch = self.engine, self.trainer.watch
@@ -325,6 +395,7 @@ class WatchedEngine(DeepSpeedEngineWrapper):
         watch.agree(None, scale)
         self.trainer.audit.before_first_step(self.trainer)
         self.trainer.measurement.before_first_step(self.trainer)
+        limit = self._clip_spikes()
         try:
             engine.step()
         except Exception as error:
@@ -332,7 +403,18 @@ class WatchedEngine(DeepSpeedEngineWrapper):
                 watch.give_up_scale()
             raise
         norm = engine.get_global_grad_norm()
-        watch.conclude(applied=engine.was_step_applied(), grad_norm=float(norm) if norm is not None else 0.0)
+        norm = 0.0 if norm is None else float(norm)
+        watch.conclude(applied=engine.was_step_applied(), grad_norm=norm, limit=limit)
+
+
+def data_seed(arguments: TrainingArguments) -> int:
+    """Give the seed of the data order."""
+    return int(arguments.seed if arguments.data_seed is None else arguments.data_seed)
+
+
+def steps_per_epoch(arguments: TrainingArguments, loader: Any) -> int | None:
+    """Count the optimizer steps of one pass over the data; None where it has no length."""
+    return max(1, math.ceil(len(loader) / arguments.gradient_accumulation_steps)) if has_length(loader) else None
 
 
 def hold_learning_rate(optimizer: Any, scheduler: Any, rate: float) -> bool:

@@ -1,15 +1,21 @@
 """The real worker with a fault in what it stands on: `faulty_worker.py FAULT RUN ATTEMPT`, FAULT as JSON.
 
-`{"nan_loss_at": [3]}`: transformers' loss is not a number at those steps, counted from 1; `{"inf_loss_at": ...}`: it is
-infinite, with finite gradients; `{"nan_gradient_at": [3], "of": NAME}`: a weight's gradient is not a number there, at
-most `times` times; `{"nan_weight_after": 3, "of": NAME}`: a weight is, after that step; `{"waits_at": 3, "for": FILE}`:
-step 3 begins when the file is gone; `{"file_limit": BYTES, "at": {"3": 2}, "on_rank": 1}`: no file that this rank
-writes may be larger (EFBIG) in the first two tries to save step 3.
+- `{"nan_loss_at": [3]}`: transformers' loss is not a number at those steps, counted from 1; `{"inf_loss_at": ...}`: it
+  is infinite, with finite gradients; `{"times_loss_at": [8], "by": 1e4}`: it is so many times larger;
+- `{"nan_gradient_at": [3], "of": NAME}`: a weight's gradient is not a number there, at most `times` times;
+  `{"nan_weight_after": 3, "of": NAME}`: a weight is, after that step;
+- `{"poisoned_at": 6, "kept_in": FILE}`: the loss is infinite wherever a sample of the sixth step is in the batch, in
+  every attempt that knows the file; `{"collator": "drawing"}`: the collator replaces tokens by random ones;
+- `{"waits_at": 3, "for": FILE}`: step 3 begins when the file is gone;
+- `{"file_limit": BYTES, "at": {"3": 2}, "on_rank": 1}`: no file that this rank writes may be larger (EFBIG) in the
+  first two tries to save step 3; `{"file_limit": BYTES, "in_background": [4]}`: none that a thread writes for step 4;
+  `{"dies_in_background": 8}`: the process is killed when all of step 8 is written and nothing committed.
 """
 
 import json
 import math
 import os
+import random
 import resource
 import signal
 import sys
@@ -17,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -36,6 +43,10 @@ def install(fault: dict[str, Any]) -> None:
             return loss
         if number(self) in fault.get("nan_loss_at", ()):
             return loss * math.nan
+        if "poisoned_at" in fault and is_poisoned(self, fault):
+            return loss + math.inf
+        if number(self) in fault.get("times_loss_at", ()):
+            return loss * fault["by"]
         if number(self) in fault.get("inf_loss_at", ()):
             return loss + math.inf
         if number(self) in fault.get("nan_gradient_at", ()) and struck[0] < fault.get("times", math.inf):
@@ -46,8 +57,14 @@ def install(fault: dict[str, Any]) -> None:
         return loss
 
     base.compute_loss = faulty_loss
-    if "file_limit" in fault and os.environ.get("RANK", "0") == str(fault["on_rank"]):
+    if "in_background" in fault or "dies_in_background" in fault:
+        strike_in_background(fault)
+    if "on_rank" in fault and os.environ.get("RANK", "0") == str(fault["on_rank"]):
         limit_files(base, fault["file_limit"], {int(step): tries for step, tries in fault["at"].items()})
+    if fault.get("collator") == "drawing":
+        from mpt.training.tasks import causal_lm
+
+        causal_lm.build_collator = lambda plan, tokenizer: draw_tokens  # type: ignore[assignment]
     if "waits_at" in fault:
         training_step = base.training_step
 
@@ -69,6 +86,27 @@ def install(fault: dict[str, Any]) -> None:
         transformers.trainer_callback.CallbackHandler.on_step_end = faulty_end
 
 
+def is_poisoned(trainer: Any, fault: dict[str, Any]) -> bool:
+    """Whether the micro batch under way holds a sample that is poisoned; the first time it comes there, one is."""
+    evidence, kept = trainer.evidence, Path(fault["kept_in"])
+    ids = evidence.sample_ids[len(evidence.batches) - 1].tolist()
+    if not kept.exists():
+        if trainer.state.global_step + 1 != fault["poisoned_at"]:
+            return False
+        kept.write_text(json.dumps(ids[:1]))
+    return bool(set(ids) & set(json.loads(kept.read_text())))
+
+
+def draw_tokens(samples: Any) -> dict[str, torch.Tensor]:
+    """Collate blocks with a tenth of their tokens drawn from each generator that a collator may use."""
+    tokens = torch.stack([torch.as_tensor(sample["input_ids"]) for sample in samples])
+    drawn = torch.rand(tokens.shape) < 0.1
+    return {
+        "input_ids": torch.where(drawn, random.randrange(100) + np.random.randint(100), tokens),
+        "labels": tokens,
+    }
+
+
 def limit_files(base: Any, limit: int, tries: dict[int, int]) -> None:
     """Let files grow to `limit` bytes only, while a step of `tries` is saved and as often as it says."""
     save = base._save_checkpoint
@@ -85,6 +123,31 @@ def limit_files(base: Any, limit: int, tries: dict[int, int]) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
     base._save_checkpoint = limited
+
+
+def strike_in_background(fault: dict[str, Any]) -> None:
+    """Let the thread that writes checkpoints meet a full disk, or a kill."""
+    from mpt.training.checkpointing import Saver
+
+    write_and_commit, commit = Saver._write_and_commit, Saver._commit
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limited(self: Any, copied: Any, staging: Path, step: int) -> Any:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if step in fault.get("in_background", ()):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (fault["file_limit"], hard))
+        try:
+            return write_and_commit(self, copied, staging, step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    def killed(self: Any, staging: Path, step: int) -> Any:
+        if step == fault.get("dies_in_background"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return commit(self, staging, step)
+
+    Saver._write_and_commit = limited  # type: ignore[method-assign]
+    Saver._commit = killed  # type: ignore[method-assign]
 
 
 def spoilt(gradient: torch.Tensor, handles: list[Any]) -> torch.Tensor:
