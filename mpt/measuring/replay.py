@@ -6,6 +6,7 @@ plan is that of the attempt which ended with it, its first step is the incident'
 """
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -46,7 +47,8 @@ class Replayed:
         """Whether the step went as it had gone: bad in the same way, or, where it was finite, to the same loss."""
         if self.now is None:
             return self.was["code"] not in NOT_FINITE and bool(self.was["loss"] == self.loss)
-        return bool(self.was["code"] == self.now["code"])
+        # Weights that were not finite are found by what they make of the loss.
+        return self.was["code"] == "N4" or bool(self.was["code"] == self.now["code"])
 
     def to_json(self) -> dict[str, Any]:
         """Give it as JSON values."""
@@ -133,9 +135,28 @@ def _to_replay(plan: Plan, was: Mapping[str, Any]) -> Plan:
     scale = values.get("loss_scale")
     if scale is not None and scale.value is not None and was.get("loss_scale") and scale.value.get("static") is None:
         values["loss_scale"] = replace(scale, value={**scale.value, "initial": was["loss_scale"]})
-    recipe = plan.recipe.model_copy(update=alone)
-    arguments = {**plan.training_arguments, **SILENT}
-    return replace(plan, recipe=recipe, values=values, training_arguments=arguments, resume_from=None, repairs=())
+    passes = was["micro_batches"]  # an epoch's last step may have fewer than planned
+    values["gradient_accumulation_steps"] = replace(values["gradient_accumulation_steps"], value=passes)
+    return replace(
+        plan,
+        recipe=plan.recipe.model_copy(update=alone),
+        values=values,
+        training_arguments={**plan.training_arguments, **SILENT, "gradient_accumulation_steps": passes},
+        deepspeed=None if plan.deepspeed is None else _to_replay_deepspeed(plan.deepspeed, was, passes),
+        resume_from=None,
+        repairs=(),
+    )
+
+
+def _to_replay_deepspeed(config: Mapping[str, Any], was: Mapping[str, Any], passes: int) -> dict[str, Any]:
+    """Say the same in DeepSpeed's words: the batch, and the scale as a power of two."""
+    changed = json.loads(json.dumps(dict(config)))
+    micro, before = changed["train_micro_batch_size_per_gpu"], changed["gradient_accumulation_steps"]
+    world = changed["train_batch_size"] // (micro * before)
+    changed |= {"gradient_accumulation_steps": passes, "train_batch_size": micro * passes * world}
+    if was.get("loss_scale") and changed.get("fp16", {}).get("enabled") and not changed["fp16"].get("loss_scale"):
+        changed["fp16"]["initial_scale_power"] = round(math.log2(was["loss_scale"]))
+    return dict(changed)
 
 
 def _delete(scratch: RunDirectory) -> None:

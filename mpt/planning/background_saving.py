@@ -5,16 +5,16 @@ from mpt.hardware.machine import Machine
 from mpt.planning.decision import Decision, Origin
 from mpt.planning.memory import MemoryEstimate
 from mpt.recipe.schema import Recipe
-from mpt.terms import Strategy
+from mpt.terms import Method, Strategy
 
-# What is copied, in terms of the optimizer's states: AdamW's two, and the weights.
-COPIED = 1.5
+# Of adapters the memory estimate does not tell their weights: half of AdamW's two states.
+COPIED_OF_ADAPTERS = 1.5
 # Of the host's memory; data, loaders and the page cache that the checkpoint is written through need the rest.
 HOST_SHARE = 0.5
 
 
 def choose_background_saving(
-    recipe: Recipe, machine: Machine, memory: MemoryEstimate, strategy: Strategy
+    recipe: Recipe, machine: Machine, memory: MemoryEstimate, strategy: Strategy, method: Method
 ) -> Decision[bool]:
     """Decide; `memory` is what a rank holds.
 
@@ -33,8 +33,12 @@ def choose_background_saving(
         return Decision(asked, Origin.ASKED, "the recipe asks for it")
     if machine.is_cpu:
         return Decision(False, Origin.AUTO, "on a CPU the copy would take the memory and cores that train")
-    needed = COPIED * memory.parts_gib.get("optimizer", 0.0)
+    optimizer = memory.parts_gib.get("optimizer", 0.0)
+    is_full = method is Method.FULL
+    needed = optimizer + memory.parts_gib.get("weights", 0.0) if is_full else COPIED_OF_ADAPTERS * optimizer
     host = machine.host_memory_gib
     if host is not None and needed > HOST_SHARE * host:
         return Decision(False, Origin.AUTO, f"the copy takes {needed:.0f} GiB of the host's {host:.0f}")
-    return Decision(True, Origin.AUTO, f"training waits only for a copy of {needed:.1f} GiB in the host's memory")
+    size = "whose size is not known" if host is None else f"of {host:.0f} GiB"
+    reason = f"training waits only for a copy of {needed:.1f} GiB in the host's memory, {size}"
+    return Decision(True, Origin.AUTO, reason)

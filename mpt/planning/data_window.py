@@ -8,6 +8,7 @@ so that the Trainer's own arithmetic for taking a run up again still finds the r
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 # The larger of the two bounds the window: a share of an epoch, and batches below which nothing would be caught.
@@ -88,5 +89,5 @@ def order_without(windows: Sequence[DataWindow], epoch: int, order_of: Callable[
         start = window.first if epoch == window.epoch else 0
         left_out = frozenset(there[window.first : window.last])
         kept = [index for place, index in enumerate(order) if place < start or index not in left_out]
-        order = [*kept, *kept[: len(order) - len(kept)]]
+        order = list(islice(cycle(kept), len(order)))
     return order

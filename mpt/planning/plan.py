@@ -187,7 +187,9 @@ def resolve(
         "learning_rate": _training_value(recipe, "learning_rate"),
         "lr_scheduler": _training_value(recipe, "lr_scheduler_type"),
         "max_steps": _max_steps(recipe),
-        "background_saving": choose_background_saving(recipe, machine, layout.memory, layout.strategy.value),
+        "background_saving": choose_background_saving(
+            recipe, machine, layout.memory, layout.strategy.value, method.value
+        ),
     }
     values = {key: _plain(decision) for key, decision in values.items()}
     deepspeed: dict[str, Any] | None = None

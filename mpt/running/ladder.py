@@ -115,7 +115,8 @@ def _exclude_data(
         return None
     size = plan.value("global_batch_size")
     window = window_around(onset, epoch, size, policy.exclude_batches)
-    if window is None:
+    gone = sum(values["last"] - values["first"] for values in before)
+    if window is None or gone + window.last - window.first > epoch.samples // 2:
         return None
     until = onset + math.ceil((window.last - position_of(onset, epoch, size)[1]) / size)
     values = {"code": code, "onset": onset, "until": until, **asdict(window)}

@@ -18,6 +18,14 @@ SET_BY: dict[str, tuple[str, ...]] = {
         "training.per_device_train_batch_size",
         "training.gradient_accumulation_steps",
     ),
+    # They are places in the data's order.
+    "exclude_data": (
+        "data",
+        "tokenizer",
+        "training.seed",
+        "training.data_seed",
+        "training.train_sampling_strategy",
+    ),
     "learning_rate": ("training.learning_rate",),
     "precision": ("precision",),
 }

@@ -121,7 +121,7 @@ class Audit:
         planned = plan.value("global_batch_size")
         if hasattr(trainer.train_dataset, "__len__") and len(trainer.train_dataset) < planned:
             planned = None  # one short batch is all there is
-        if planned is not None:
+        if planned is not None and trainer.replay is None:  # an incident's step may have been an epoch's last
             self._compare("global_batch_size", planned, self.samples * trainer.args.world_size)
         gradients = [w.grad for w in trainer.model.parameters() if w.requires_grad and w.grad is not None]
         if gradients and not trainer.is_deepspeed_enabled:  # DeepSpeed has moved them into buffers of its own

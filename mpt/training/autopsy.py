@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from mpt.training import findings
 from mpt.training.precision.watching import DTYPE_NAMES
+from mpt.training.random_state import RandomState, set_random_state
 from mpt.training.verdict import Code
 
 if TYPE_CHECKING:
@@ -57,22 +58,36 @@ class Autopsy:
         return asdict(self)
 
 
-def examine(
-    trainer: "PlanTrainer", batches: list[Any], items: Any, random_state: torch.Tensor | None, code: str
-) -> Autopsy:
+def examine(trainer: "PlanTrainer", batches: list[Any], items: Any, random_state: RandomState, code: str) -> Autopsy:
     """Compute a step's micro batches again on this rank, and stop at the first that is not finite.
 
     Every rank calls it with as many micro batches: under ZeRO-3 a forward pass gathers weights. Gradients are looked at
-    where the engine leaves them to torch. `code` is the event that ended the attempt.
+    where the engine leaves them to torch. `code` is the event that ended the attempt. Where memory runs out over it,
+    the autopsy says so.
     """
+    try:
+        found = _examine(trainer, batches, items, random_state, code)
+    except torch.OutOfMemoryError:
+        found = Autopsy(False, cause="there was no memory left to look into it")
+    trainer.model.zero_grad(set_to_none=True)
+    found.rank = trainer.args.process_index
+    found.cause = found.cause or explain(found)
+    return found
+
+
+def _examine(trainer: "PlanTrainer", batches: list[Any], items: Any, random_state: RandomState, code: str) -> Autopsy:
     model = trainer.model_wrapped if trainer.is_deepspeed_enabled else trainer.model
-    if random_state is not None:
-        torch.set_rng_state(random_state)
+    set_random_state(random_state, trainer.args.device)
     found: Autopsy | None = None
     widest = Autopsy(False)
+    plain = findings.plain_model(trainer)
     for number, inputs in enumerate(batches):
         trainer.model.zero_grad(set_to_none=True)
-        with watching(findings.plain_model(trainer)) as witness, trainer.compute_loss_context_manager():
+        with (
+            watching(findings.plain_model(trainer)) as witness,
+            trainer.compute_loss_context_manager(),
+            torch.no_grad(),
+        ):
             loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=items)
         if (witness.widest.largest_output or 0) > (widest.largest_output or 0):
             widest = witness.widest
@@ -82,12 +97,9 @@ def examine(
         if found is None and (witness.found is not None or not math.isfinite(loss.item())):
             found = witness.found or Autopsy(True, kind=_kind(loss))
             found.micro_batch = number
-    trainer.model.zero_grad(set_to_none=True)
-    if found is None:
-        found = Autopsy(False) if code in (Code.N2, Code.N3) else _with_weights(widest, findings.plain_model(trainer))
-    found.rank = trainer.args.process_index
-    found.cause = explain(found)
-    return found
+    if found is not None:
+        return found
+    return Autopsy(False) if code in (Code.N2, Code.N3) else _with_weights(widest, plain)
 
 
 def explain(found: Autopsy) -> str:
@@ -153,7 +165,7 @@ class Witness:
             self.widest = Autopsy(False, direction="forward", module=name, largest_input=into, largest_output=largest)
 
     def _look(self, direction: str, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        bad = next((value for value in _floating(output) if not torch.isfinite(value).all()), None)
+        bad = next((value for value in _floating(output) if not _is_finite(value)), None)
         if bad is None:
             return
         weights = [weight for weight in module.parameters(recurse=False) if weight.numel()]
@@ -212,8 +224,21 @@ def _kind(value: torch.Tensor) -> str:
 
 
 def _largest(value: torch.Tensor) -> float:
-    finite = torch.where(torch.isfinite(value), value, 0).abs()
-    return float(finite.max().item()) if value.numel() else 0.0
+    """Find the largest finite magnitude; of a tensor that is all finite without a copy of it."""
+    if not value.numel():
+        return 0.0
+    if _is_finite(value):
+        low, high = torch.aminmax(value.detach())
+        return max(abs(low.item()), abs(high.item()))
+    return float(torch.where(torch.isfinite(value), value, 0).abs().max().item())
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    """Look at the extremes alone, which NaN is one of: a mask would take memory beside the value."""
+    if not value.numel():
+        return True
+    low, high = torch.aminmax(value.detach())
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _reached(module: nn.Module, inputs: Any) -> float | None:

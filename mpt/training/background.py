@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -53,9 +52,19 @@ class Background:
             self._writes = None
 
     def write_later(self, write: Callable[[Any], None], state: Any) -> None:
-        """Copy a state's tensors to the host, and have `write` called with the copy."""
+        """Copy a state's tensors to the host, and have `write` called with the copy, as often as that is tried.
+
+        Raises StorageError where the host has no memory for it: then the training has to wait for the disk.
+        """
         assert self._writes is not None, "nobody gathers"
-        self._writes.append(partial(write, copied(state)))
+        try:
+            kept = copied(state)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                raise
+            raise StorageError("no memory for a copy", remedy="Leave background_saving out.") from error
+        # Some writers empty the dictionary that they are given (save_pretrained does).
+        self._writes.append(lambda: write(tree_map(_same, kept)))
 
     def submit(self, job: Callable[[], StorageError | None]) -> "Future[StorageError | None]":
         """Have the thread do a job; what it raises comes out of the future."""
@@ -69,12 +78,19 @@ def copied(state: Any) -> Any:
     def copy(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
-        if key not in seen or value.numel() == 0:
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):  # torchao's quantised states have no storage to know
+            return value.detach().to("cpu", copy=True)
+        place = (value.untyped_storage()._cdata, value.storage_offset())
+        key = (*place, value.dtype, value.shape, value.stride())
+        if key not in seen:
             seen[key] = value.detach().to("cpu", copy=True)
         return seen[key]
 
     return tree_map(copy, state)
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 def trained_state(model: Any) -> dict[str, torch.Tensor]:

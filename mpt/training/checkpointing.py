@@ -100,9 +100,16 @@ class Saver:
         trainer._phase("training")
 
     def finish(self) -> None:
-        """Wait for what is written in the background, whatever ends the training. No other rank is waited for."""
-        if self._pending is not None and self._pending.future is not None:
-            self._note_committed(self._pending)
+        """Wait for what is written in the background, whatever ends the training: that has the word, and a save that
+        fails now is but journalled. No other rank is waited for."""
+        pending, self._pending = self._pending, None
+        if pending is None or pending.future is None:
+            return
+        problem = pending.future.exception() or pending.future.result()
+        if problem is not None:
+            said = problem.problem if isinstance(problem, StorageError) else str(problem)
+            with suppress(StorageError):
+                self.trainer.journal.append("save_failed", step=pending.step, problem=said, in_a_row=1)
 
     @contextmanager
     def holding(self) -> Iterator[None]:

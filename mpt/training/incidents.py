@@ -1,9 +1,9 @@
 """What is kept of a step whose numbers went bad for good, so that it can be made again: `incidents/0001/`.
 
-autopsy.json says what was found; `step-rank0.safetensors` is what that rank computed on: its micro batches, and torch's
-random state before the first; `weights.safetensors` are the trained weights as they were then, in fp32, which holds
-every narrower number exactly. They are as large as a third of a checkpoint: the newest two incidents keep theirs.
-`mpt replay` makes the step again (`mpt.training.replay`).
+autopsy.json says what was found; `step-rank0.safetensors` is what that rank computed on: its micro batches, and the
+random state before the first; `weights.safetensors` are the trained weights as the attempt ended with them (those from
+before the bad update, where it was left out), in fp32, which holds every narrower number exactly. They are as large as
+a third of a checkpoint: the newest two incidents keep theirs. `mpt replay` makes the step again (`mpt.training.replay`).
 """
 
 import json
@@ -22,6 +22,7 @@ from mpt.running.journal import spell_non_finite
 from mpt.running.run_directory import make_durable, write_json
 from mpt.training.autopsy import EXCERPT, Autopsy, examine
 from mpt.training.outcome import Diverged
+from mpt.training.random_state import RandomState, random_state
 from mpt.training.saving import storage_errors
 from mpt.training.tensor_file import whole, whole_shape, write_tensors
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from mpt.training.trainer import PlanTrainer
 
 KEPT_WEIGHTS = 2
-ITEMS, RANDOM_STATE = "items", "random_state"
+ITEMS, RANDOM_STATE = "items", "random_state_"  # of the CPU, and of the device
 
 
 @dataclass(slots=True)
@@ -42,7 +43,7 @@ class Evidence:
     batches: list[dict[str, Any]] = field(default_factory=list)
     sample_ids: list[torch.Tensor | None] = field(default_factory=list)
     items: Any = None
-    random_state: torch.Tensor | None = None
+    random_state: RandomState = field(default_factory=dict)
 
     def begin(self, sample_ids: list[torch.Tensor | None]) -> None:
         """Forget the last step; the micro batches of this one hold these samples."""
@@ -51,7 +52,7 @@ class Evidence:
     def add_batch(self, inputs: dict[str, Any], items: Any) -> None:
         """Keep hold of a micro batch, and of the number of labels that the step's loss is divided by."""
         if not self.batches:
-            self.random_state = torch.get_rng_state()
+            self.random_state = random_state(inputs["input_ids"].device)
         self.batches.append(dict(inputs))
         self.items = items
 
@@ -63,8 +64,7 @@ class Evidence:
             for key, value in batch.items()
             if isinstance(value, torch.Tensor)
         }
-        if self.random_state is not None:
-            kept[RANDOM_STATE] = self.random_state
+        kept |= {f"{RANDOM_STATE}{kind}": state for kind, state in self.random_state.items()}
         if self.items is not None:
             kept[ITEMS] = torch.as_tensor(self.items)
         return {key: value.detach().cpu().clone().contiguous() for key, value in kept.items()}
@@ -108,13 +108,15 @@ def hold_inquest(trainer: "PlanTrainer", diverged: Diverged, evidence: Evidence)
 def _keep(
     trainer: "PlanTrainer", diverged: Diverged, everyones: list[dict[str, Any]], weights: Iterator[torch.Tensor]
 ) -> None:
-    culprit = next((one for one in everyones if one["autopsy"].reproduced), everyones[0])
+    widest = max(everyones, key=lambda one: one["autopsy"].largest_output or 0.0)
+    culprit = next((one for one in everyones if one["autopsy"].reproduced), widest)
     found: Autopsy = culprit["autopsy"]
     step, run = trainer.watch.step, trainer.run
     event = {
         "code": diverged.code,
         "step": diverged.step,
         "attempt": trainer.watch.attempt,
+        "micro_batches": len(trainer.evidence.batches),
         "loss": None if step is None else step.loss,
         "grad_norm": None if step is None else step.grad_norm,
         "loss_scale": None if step is None else step.loss_scale,

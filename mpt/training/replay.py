@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from mpt.errors import StorageError
 from mpt.training.incidents import ITEMS, RANDOM_STATE, step_file, weights_file
+from mpt.training.random_state import set_random_state
 from mpt.training.tensor_file import whole
 
 
@@ -27,7 +28,8 @@ class Replay:
         self._weights = weights_file(incident)
         kept = load_file(file)
         self._items = kept.pop(ITEMS, None)
-        self._random_state = kept.pop(RANDOM_STATE, None)
+        kinds = [key for key in kept if key.startswith(RANDOM_STATE)]
+        self._random_state = {key.removeprefix(RANDOM_STATE): kept.pop(key) for key in kinds}
         self._batches: list[dict[str, torch.Tensor]] = []
         for key in sorted(kept, key=lambda key: int(key.partition("/")[0])):
             number, _, name = key.partition("/")
@@ -41,8 +43,7 @@ class Replay:
 
     def take(self, device: torch.device) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor | None]:
         """Give the step's micro batches and its number of labels, and set torch's random state as it was."""
-        if self._random_state is not None:
-            torch.set_rng_state(self._random_state)
+        set_random_state(self._random_state, device)
         batches = [{name: tensor.to(device) for name, tensor in batch.items()} for batch in self._batches]
         return batches, None if self._items is None else self._items.to(device)
 

@@ -202,7 +202,8 @@ class PlanTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         self.watch.add_batch(inputs)
-        self.audit.note_batch(inputs)
+        if self.replay is None:
+            self.audit.note_batch(inputs)
         self.evidence.add_batch(inputs, num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.is_deepspeed_enabled:  # there the engine has noted it before its own step
@@ -271,12 +272,13 @@ class PlanTrainer(Trainer):
         self.saver.save(write, is_needed=is_last or self.watch.stop_agreed)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write the model; where it is saved in the background, a copy of it, later. On rank 0 alone, and a barrier
-        follows."""
+        """Write the model, on rank 0; where it is saved in the background, a copy of it, later. A barrier follows."""
         background = self.saver.background
         with self.saver.holding():
             if background is None or not background.is_copying:
                 super()._save(output_dir, state_dict)
+                return
+            if not self.args.should_save:
                 return
             Path(str(output_dir)).mkdir(parents=True, exist_ok=True)  # the small files come first
             weights = trained_state(self.model) if state_dict is None else state_dict
@@ -319,7 +321,8 @@ class StepHooks(TrainerCallback):
         trainer.saver.restore()
         if trainer.replay is not None:
             trainer.replay.load_weights(trainer.model)
-        trainer._refuse(bad_weights(trainer), "not finite before the first step")
+        if trainer.replay is None:
+            trainer._refuse(bad_weights(trainer), "not finite before the first step")
         trainer.audit.after_set_up(trainer)
         trainer._phase("training")
         if trainer.watch.is_writer:
@@ -329,7 +332,8 @@ class StepHooks(TrainerCallback):
                 max_steps=state.max_steps,
                 epochs=args.num_train_epochs if args.max_steps <= 0 else state.num_train_epochs,
                 samples=len(trainer.train_dataset) if has_length(trainer.train_dataset) else None,
-                steps_per_epoch=steps_per_epoch(args, keywords["train_dataloader"]),
+                # None also where no window of the data could be left out: the sampler makes whole batches.
+                steps_per_epoch=None if trainer.order is None else steps_per_epoch(args, keywords["train_dataloader"]),
                 tokens_per_step=trainer.plan.value("global_batch_size") * trainer.plan.value("sequence_length"),
             )
 
@@ -402,6 +406,8 @@ class WatchedEngine(DeepSpeedEngineWrapper):
             if scale is not None and "loss scale already at minimum" in str(error):
                 watch.give_up_scale()
             raise
+        finally:
+            engine.optimizer.clip_grad = self._clip_grad  # it goes into DeepSpeed's checkpoints
         norm = engine.get_global_grad_norm()
         norm = 0.0 if norm is None else float(norm)
         watch.conclude(applied=engine.was_step_applied(), grad_norm=norm, limit=limit)

@@ -8,7 +8,8 @@
   every attempt that knows the file; `{"collator": "drawing"}`: the collator replaces tokens by random ones;
 - `{"waits_at": 3, "for": FILE}`: step 3 begins when the file is gone;
 - `{"file_limit": BYTES, "at": {"3": 2}, "on_rank": 1}`: no file that this rank writes may be larger (EFBIG) in the
-  first two tries to save step 3; `{"file_limit": BYTES, "in_background": [4]}`: none that a thread writes for step 4;
+  first two tries to save step 3; `{"file_limit": BYTES, "in_background": [4]}`: none that a thread writes for step 4
+  (`"tries": 1`: at its first try);
   `{"dies_in_background": 8}`: the process is killed when all of step 8 is written and nothing committed.
 """
 
@@ -129,7 +130,7 @@ def strike_in_background(fault: dict[str, Any]) -> None:
     """Let the thread that writes checkpoints meet a full disk, or a kill."""
     from mpt.training.checkpointing import Saver
 
-    write_and_commit, commit = Saver._write_and_commit, Saver._commit
+    write_and_commit, commit, prune = Saver._write_and_commit, Saver._commit, Saver._prune
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def limited(self: Any, copied: Any, staging: Path, step: int) -> Any:
@@ -146,6 +147,13 @@ def strike_in_background(fault: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return commit(self, staging, step)
 
+    def freed(self: Any) -> None:
+        if fault.get("tries") == 1:  # what a try that failed then makes is enough room
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        prune(self)
+
+    Saver._prune = freed  # type: ignore[method-assign]
     Saver._write_and_commit = limited  # type: ignore[method-assign]
     Saver._commit = killed  # type: ignore[method-assign]
 

@@ -100,7 +100,7 @@ def test_weights_that_are_not_finite_are_named_and_kept(new_run: MakeRun) -> Non
     assert run.last_word()["code"] == "N4"
     assert autopsy(run)["cause"] == "a weight of model.layers.1.mlp.up_proj is not finite"
     again = replayed(run)
-    assert not again["reproduced"] or again["now"] is not None
+    assert again["reproduced"] and again["now"]["cause"] == autopsy(run)["cause"]
 
 
 def test_what_does_not_come_again_is_told_apart(new_run: MakeRun) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mpt.running import checkpoints
-from mpt.training.background import copied
+from mpt.training.background import Background, copied
 from tests.training.tiny_runs import Run, continue_from
 
 MakeRun = Callable[..., Run]
@@ -35,6 +35,36 @@ def test_a_copy_is_apart_from_what_it_was_copied_from_and_ties_stay() -> None:
     assert copy["a"].tolist() == [1, 1, 1] and copy["view"].tolist() == [1, 1]
     assert copy["a"] is copy["tied"]
     assert copy["nested"][1:] == [5, None]
+
+
+def test_tensors_without_a_storage_of_their_own_are_copied_each() -> None:
+    from torchao.optim import AdamW8bit
+
+    weights = [torch.nn.Parameter(torch.randn(256, 32)) for _ in range(2)]
+    optimizer = AdamW8bit(weights)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    state = optimizer.state_dict()["state"]
+    copy = copied(state)
+    for number in state:
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(copy[number][name].dequantize(), state[number][name].dequantize())
+
+
+def test_a_writer_may_empty_the_dictionary_that_it_is_given() -> None:
+    background = Background()
+    given: list[dict[str, Any]] = []
+
+    def write(state: dict[str, Any]) -> None:
+        given.append(dict(state))
+        state.clear()
+
+    with background.copying() as writes:
+        background.write_later(write, {"a": torch.ones(2)})
+    for _ in range(2):
+        writes[0]()
+    assert [list(state) for state in given] == [["a"], ["a"]]
 
 
 @pytest.mark.slow
@@ -80,6 +110,17 @@ def test_a_disk_that_refuses_the_thread_costs_that_checkpoint_alone(new_run: Mak
     assert saved(run) == [2, 6, 8]
     assert run.texts("save_failed", "step") == [4]
     assert not list(Path(run.directory.checkpoints).glob(".staging-*"))
+
+
+@pytest.mark.slow
+def test_a_second_try_writes_all_of_it(new_run: MakeRun, fp32_run: Run) -> None:
+    run = new_run(**SAVES)
+    run.fault = {"file_limit": 100_000, "in_background": [4], "tries": 1}
+    assert run.train() == 0, run.log()
+    assert saved(run) == [2, 4, 6, 8]
+    assert run.texts("save_failed", "step") == []
+    ours, theirs = (other.weights(other.directory.checkpoints / "checkpoint-4") for other in (run, fp32_run))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 @pytest.mark.slow

@@ -12,14 +12,15 @@ from mpt.planning.memory import MemoryEstimate
 from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.plan import resolve
 from mpt.recipe.schema import Recipe
-from mpt.terms import Strategy
+from mpt.terms import Method, Strategy
 from tests.unit.test_repair import TINY
 
 
 def decide(asked: Any, machine: Machine, strategy: Strategy, *, optimizer_gib: float = 1.0) -> tuple[bool, str]:
     recipe = Recipe.model_validate(TINY | ({} if asked is None else {"background_saving": asked}))
-    memory = MemoryEstimate({"optimizer": optimizer_gib}, peak_gib=2 * optimizer_gib)
-    decision = choose_background_saving(recipe, machine, memory, strategy)
+    parts = {"optimizer": optimizer_gib, "weights": optimizer_gib / 2, "activations": 9.0}
+    memory = MemoryEstimate(parts, peak_gib=2 * optimizer_gib)
+    decision = choose_background_saving(recipe, machine, memory, strategy, Method.FULL)
     return decision.value, decision.reason
 
 

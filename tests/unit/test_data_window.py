@@ -75,6 +75,12 @@ def test_a_second_window_counts_in_the_order_that_the_first_one_left() -> None:
         assert len(order) == 40 and set(order) == set(range(40)) - gone
 
 
+def test_an_epoch_keeps_its_length_whatever_is_left_of_it() -> None:
+    windows = [DataWindow(0, 0, 8), DataWindow(1, 0, 6)]
+    order = order_without(windows, 1, lambda epoch: list(range(16)))
+    assert len(order) == 16 and set(order) == {14, 15}
+
+
 def test_windows_are_read_out_of_a_plans_repairs() -> None:
     values = {"code": "N2", "onset": 7, "until": 9, "epoch": 0, "first": 8, "last": 24}
     repairs = [{"kind": "retry", "values": {"code": "N2", "onset": 7}}, {"kind": "exclude_data", "values": values}]

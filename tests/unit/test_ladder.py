@@ -104,6 +104,15 @@ def test_data_are_left_out_only_where_they_may_be_to_blame(code: str, onset: int
     assert (exclude(code, onset, [first]) is not None) is is_left_out
 
 
+def test_half_of_the_data_stays() -> None:
+    short = Epoch(samples=128, steps=16)
+    section = RecoverySection.model_validate({"rungs": ["exclude_data"], "margin": 0})
+    plan = plan_of("A100", "bf16")
+    first = next_rung(N2, [], plan, section, short)
+    assert first is not None and first.repair.values["last"] - first.repair.values["first"] == 64
+    assert next_rung(N2 | {"onset": 400}, [first.repair], plan, section, short) is None
+
+
 def test_no_more_than_three_windows_are_left_out_and_none_of_a_stream() -> None:
     repairs: list[Repair] = []
     for onset in (40, 400, 800):
