@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +33,7 @@ from mpt.training.health import HealthMonitor, Thresholds
 from mpt.training.outcome import StopRequest
 from mpt.training.precision.apply import DTYPES, apply_precision
 from mpt.training.precision.pure_bf16 import PureBf16AdamW
+from mpt.training.repeated_stream import RepeatedStream
 from mpt.training.replay import Replay
 from mpt.training.saving import full_weights, save_final
 from mpt.training.step_watch import StepWatch
@@ -145,6 +146,8 @@ def _prepare(
             )
     with arguments.main_process_first(desc="tokenising"):
         samples = task.prepare_data(plan, documents, tokenizer)
+    if plan.recipe.data.streaming:
+        samples = replace(samples, train=RepeatedStream(samples.train))
     if arguments.process_index == 0:
         for notice in samples.notices:
             journal.append("notice", text=notice)
