@@ -20,6 +20,7 @@ from transformers.utils.import_utils import enable_tf32
 from mpt.errors import MptError
 from mpt.planning.number_formats import TORCH_ADAMW
 from mpt.planning.plan import Plan
+from mpt.running.data_record import record
 from mpt.running.heartbeat import Heartbeat
 from mpt.running.journal import Journal
 from mpt.running.measured import asked_measure
@@ -29,6 +30,7 @@ from mpt.terms import DeviceKind, Feature, Task
 from mpt.training.adapters import add_adapters
 from mpt.training.audit import Audit
 from mpt.training.data import Samples, read_documents
+from mpt.training.fingerprint import fingerprint
 from mpt.training.health import HealthMonitor, Thresholds
 from mpt.training.outcome import StopRequest
 from mpt.training.precision.apply import DTYPES, apply_precision
@@ -149,6 +151,7 @@ def _prepare(
     if plan.recipe.data.streaming:
         samples = replace(samples, train=RepeatedStream(samples.train))
     if arguments.process_index == 0:
+        record(run, journal, fingerprint(plan.recipe.data, documents, samples, tokenizer))
         for notice in samples.notices:
             journal.append("notice", text=notice)
     return tokenizer, samples
