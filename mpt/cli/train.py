@@ -32,7 +32,7 @@ def train(
         str, typer.Option(help="auto: go on with a run that exists; never: begin anew; or the name of a checkpoint.")
     ] = "auto",
     accept_changes: Annotated[
-        bool, typer.Option("--accept-changes", help="Go on with a run though the recipe's values changed.")
+        bool, typer.Option("--accept-changes", help="Go on with a run though its recipe, machine or data changed.")
     ] = False,
     emit_script: Annotated[
         Path | None,

@@ -75,6 +75,7 @@ def _data(plan: Plan) -> list[Piece]:
     rest = [
         "tokenizer_trained" if needs.trains_tokenizer(plan) else "tokenizer_loaded",
         f"samples_stream_{form}" if is_streamed else f"samples_{form}",
+        *["repeat_stream"] * is_streamed,
         f"collate_{form}",
     ]
     return [*map(part, names), code(read_documents(plan)), *map(part, rest)]

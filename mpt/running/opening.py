@@ -20,9 +20,11 @@ from mpt.hardware.machine_json import machine_to_json
 from mpt.planning.plan import Plan
 from mpt.planning.repair import Repair
 from mpt.running import checkpoints
+from mpt.running.carrying_over import check_batch, check_loads
 from mpt.running.journal import Journal, last_word, read_events
 from mpt.running.lineage import complete_quarantine, quarantine_later
 from mpt.running.lock import locked
+from mpt.running.manifest import read_manifest
 from mpt.running.repairs import repaired
 from mpt.running.run_directory import RunDirectory, write_atomically, write_json, writing
 
@@ -101,9 +103,11 @@ def _begin(plan: Plan, run: RunDirectory) -> None:
 
 
 def _reopen(plan: Plan, run: RunDirectory, resume: str, accept_changes: bool, notes: list[str]) -> Opened:
+    accepts_data = accept_changes  # the worker will see whether it changed (`mpt.running.data_record`)
     events = read_events(run.journal)
     newest = max(run.attempt_numbers(), default=0)
-    changes = _changes(plan, run, newest)
+    before = _newest_plan(run, newest)
+    changes = [] if before is None else _changes(before, plan)
     if changes and not _has_trained(run, events):
         notes.append("nothing was trained yet, so the new values are taken")
         accept_changes = True
@@ -120,17 +124,18 @@ def _reopen(plan: Plan, run: RunDirectory, resume: str, accept_changes: bool, no
         return Opened(None, finished=True, notes=tuple(notes))
     journal = Journal(run.journal, newest)
     complete_quarantine(run, journal)
-    if resume == "auto":
-        start_from = checkpoints.newest_usable(run)
-    else:
-        start_from = checkpoints.named(run, resume)
+    start_from = checkpoints.newest_usable(run) if resume == "auto" else checkpoints.named(run, resume)
+    if before is not None and start_from is not None:
+        _check_carried_over(before, plan, start_from)
+    if start_from is not None and resume != "auto":
         moved = quarantine_later(run, journal, start_from.step, f"--resume {resume}")
         if moved:
             notes.append(f"going back to {start_from.path.name}; {', '.join(moved)} moved to a quarantine folder")
     if changes:
         journal.append("changes_accepted", changes=[{"key": key, "was": was, "now": now} for key, was, now in changes])
         _write_recipe(plan, run)
-    journal.append("run_resumed", checkpoint=None if start_from is None else start_from.path.name)
+    name = None if start_from is None else start_from.path.name
+    journal.append("run_resumed", checkpoint=name, accepts_changes=accepts_data)
     return Opened(start_from, notes=tuple(notes))
 
 
@@ -140,21 +145,24 @@ def _has_trained(run: RunDirectory, events: Sequence[Mapping[str, Any]]) -> bool
     return has_started or bool(checkpoints.list_checkpoints(run))
 
 
-def _changes(plan: Plan, run: RunDirectory, newest: int) -> list[tuple[str, Any, Any]]:
-    """List what the new plan would do otherwise than the newest one in the directory, as (key, was, now).
-
-    A decision that merely repeats a changed key of the recipe is not listed again.
-    """
+def _newest_plan(run: RunDirectory, newest: int) -> Plan | None:
     if newest == 0:
-        return []
+        return None
     path = run.attempt(newest).plan
     try:
-        before = Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
+        return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(
             f"{path} can't be read ({error})", remedy="Restore it from a copy, or begin anew with --resume never."
         ) from error
-    plan = repaired(plan, [Repair.from_json(data) for data in before.repairs])  # like with like
+
+
+def _changes(before: Plan, plan: Plan) -> list[tuple[str, Any, Any]]:
+    """List what the new plan would do otherwise than the newest one in the directory, as (key, was, now).
+
+    A decision that merely repeats a changed key of the recipe is not listed again.
+    """
+    plan = _like(before, plan)
     asked = _differences(_asked(before), _asked(plan))
     told = {_in_short(change) for change in asked}
     decided = [change for change in _differences(_decided(before), _decided(plan)) if _in_short(change) not in told]
@@ -165,6 +173,18 @@ def _in_short(change: tuple[str, Any, Any]) -> tuple[str, str, str]:
     """Give what tells one change from another, however its key is spelt."""
     key, was, now = change
     return key.rpartition(".")[2], str(was), str(now)
+
+
+def _like(before: Plan, plan: Plan) -> Plan:
+    """Repair a plan as `before` is repaired: what recovery changed is no change of the user's."""
+    return repaired(plan, [Repair.from_json(data) for data in before.repairs])
+
+
+def _check_carried_over(before: Plan, plan: Plan, start_from: checkpoints.Choice) -> None:
+    plan = _like(before, plan)
+    written_by = read_manifest(start_from.path).get("world_size", before.value("world_size"))
+    check_loads(before, plan, start_from.path.name, written_by)
+    check_batch(before, plan, {key for key, _, _ in _differences(_asked(before), _asked(plan))})
 
 
 def _is_free(key: str) -> bool:

@@ -198,7 +198,7 @@ def _tokenise(table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit
     if limit is not None:
         features["truncated"] = datasets.Value("bool")
     in_memory = not table.cache_files
-    identity = "" if in_memory else Hasher.hash((table._fingerprint, _identity(tokenizer), limit, "tokenised-1"))
+    identity = "" if in_memory else Hasher.hash((table._fingerprint, identify(tokenizer), limit, "tokenised-1"))
     return table.map(
         encode,
         batched=True,
@@ -210,7 +210,8 @@ def _tokenise(table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit
     )
 
 
-def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
+def identify(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Write down what a tokenizer does; its pickle changes with use."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return (
         backend.to_str() if backend is not None else f"{tokenizer.name_or_path} {sorted(tokenizer.get_vocab().items())}"

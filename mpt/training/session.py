@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ from transformers.utils.import_utils import enable_tf32
 from mpt.errors import MptError
 from mpt.planning.number_formats import TORCH_ADAMW
 from mpt.planning.plan import Plan
+from mpt.running.data_record import record
 from mpt.running.heartbeat import Heartbeat
 from mpt.running.journal import Journal
 from mpt.running.measured import asked_measure
@@ -29,10 +30,12 @@ from mpt.terms import DeviceKind, Feature, Task
 from mpt.training.adapters import add_adapters
 from mpt.training.audit import Audit
 from mpt.training.data import Samples, read_documents
+from mpt.training.fingerprint import fingerprint
 from mpt.training.health import HealthMonitor, Thresholds
 from mpt.training.outcome import StopRequest
 from mpt.training.precision.apply import DTYPES, apply_precision
 from mpt.training.precision.pure_bf16 import PureBf16AdamW
+from mpt.training.repeated_stream import RepeatedStream
 from mpt.training.replay import Replay
 from mpt.training.saving import full_weights, save_final
 from mpt.training.step_watch import StepWatch
@@ -145,7 +148,10 @@ def _prepare(
             )
     with arguments.main_process_first(desc="tokenising"):
         samples = task.prepare_data(plan, documents, tokenizer)
+    if plan.recipe.data.streaming:
+        samples = replace(samples, train=RepeatedStream(samples.train))
     if arguments.process_index == 0:
+        record(run, journal, fingerprint(plan.recipe.data, documents, samples, tokenizer))
         for notice in samples.notices:
             journal.append("notice", text=notice)
     return tokenizer, samples

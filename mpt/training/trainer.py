@@ -4,7 +4,7 @@ checkpoints are staged and committed, metrics are written each step, a stop is a
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,10 @@ class PlanTrainer(Trainer):
 
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
         self.watch.begin(self.state.global_step + 1, self.optimizer.param_groups[0]["lr"])
-        batches, items = super().get_batch_samples(*arguments, **keywords)
+        # Loader processes that last are started once, which draws a random number: a resumed run has drawn it before.
+        starts_anew = self.args.dataloader_persistent_workers and self.plan.resume_from is not None
+        with unchanged_randomness() if starts_anew else nullcontext():
+            batches, items = super().get_batch_samples(*arguments, **keywords)
         if self.replay is not None:
             batches, items = self.replay.take(self.args.device)
         self.evidence.begin([batch.pop(SAMPLE_IDS, None) for batch in batches])

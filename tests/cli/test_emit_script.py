@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import runpy
+import shutil
 import struct
 import subprocess
 import sys
@@ -162,6 +163,39 @@ def test_the_script_repeats_the_run_bit_for_bit(trained: dict[str, tuple[Run, Pa
     saved = files_in(run.directory.final)
     assert ("adapter_model.safetensors" if "lora" in RUNS[name] else "model.safetensors") in saved
     assert files_in(output / "final") == saved
+
+
+# Dropout, accumulation and an evaluation between; and two processes.
+RESUMED = ("fp32_padded_accumulated", "ddp")
+
+
+@pytest.fixture(scope="module")
+def resumed(trained: dict[str, tuple[Run, Path]]) -> dict[str, Path]:
+    """Let the scripts go on from the runs' own checkpoints: the scripts' output."""
+    outputs, scripts = {}, []
+    for name in RESUMED:
+        run, output = trained[name]
+        outputs[name] = output.with_name(f"{name}_resumed")
+        shutil.copytree(run.directory.checkpoints / "checkpoint-3", outputs[name] / "checkpoint-3")
+        processes = RUNS[name].get("distributed", {}).get("processes_per_node", 1)
+        argv = [f"{output}.py", str(outputs[name]), "--resume"]
+        scripts.append({"argv": argv, "processes": processes, "log": f"{outputs[name]}.log"})
+    ended = carry_out(WITHOUT_MPT, scripts, outputs["ddp"].parent)
+    assert ended.returncode == 0, ended.stderr[-6000:]
+    return outputs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_plain_trainer_goes_on_from_the_run_s_checkpoint_bit_for_bit(
+    trained: dict[str, tuple[Run, Path]], resumed: dict[str, Path], name: str
+) -> None:
+    run = trained[name][0]
+    rows = json.loads(resumed[name].joinpath("trainer_state.json").read_text())["log_history"]
+    logged = {row["step"]: (row["loss"], row["grad_norm"]) for row in rows if "loss" in row and row["step"] > 3}
+    assert logged == {step: (as_fp32(run.steps[step]["loss"]), run.steps[step]["grad_norm"]) for step in (4, 5)}
+    assert files_in(resumed[name] / "final") == files_in(run.directory.final)
 
 
 def files_in(folder: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def small_plan(
     processes: int = 1,
     zero_stage: int = 0,
     micro_batch_size: int = 1,
+    global_batch_size: int | None = None,
     compare: dict[str, Any] | None = None,
     recovery: dict[str, Any] | None = None,
     **restart: Any,
@@ -45,6 +46,7 @@ def small_plan(
             "distributed": {"processes_per_node": processes, "strategy": f"zero{zero_stage}" if zero_stage else "auto"},
         }
         | {key: block for key, block in (("compare", compare), ("recovery", recovery)) if block is not None}
+        | ({} if global_batch_size is None else {"global_batch_size": global_batch_size})
     )
     return resolve(recipe, parse_machine("cpu"), learn_model_facts(recipe), name="small")
 

@@ -90,7 +90,8 @@ class Worker:
         time.sleep(self.wishes["save_s"])
         final = self.run.checkpoints / f"checkpoint-{step}"
         lineage = current_lineage(self.run)
-        commit(staging, final, step=step, world_size=1, lineage=lineage, health={"finite": True})
+        world_size = self.plan["values"]["world_size"]["value"]
+        commit(staging, final, step=step, world_size=world_size, lineage=lineage, health={"finite": True})
         self.journal.append("checkpoint_saved", step=step, name=f"checkpoint-{step}")
         if self.wishes.get("promotes") and step > self.wishes["save_steps"]:
             promote(self.journal, step - self.wishes["save_steps"])

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from mpt.errors import MptError
+from mpt.planning.plan import Plan
 from mpt.running.journal import Journal
-from mpt.running.manifest import read_manifest
+from mpt.running.manifest import read_manifest, write_manifest
 from mpt.running.opening import locate, opened
 from tests.running.small_runs import SmallRun, small_plan
 
@@ -153,3 +154,86 @@ def test_a_run_with_a_newer_mpt_s_checkpoint_is_refused_and_stays(new_run: NewRu
     assert "written by a newer mpt" in refused.err
     assert "Traceback" not in refused.err
     assert run.checkpoints == ["checkpoint-10", "checkpoint-5"]
+
+
+def begun_as(new_run: NewRun, plan: Plan) -> SmallRun:
+    """Make a run that was killed after its checkpoint of step 10, as `plan` would have had it."""
+    run = stopped_at_13(new_run)
+    run.directory.attempt(1).plan.write_text(json.dumps(plan.to_json()))
+    for folder in run.directory.checkpoints.iterdir():
+        step, world_size = int(folder.name.rpartition("-")[2]), plan.value("world_size")
+        write_manifest(folder, step=step, world_size=world_size, lineage=1, health={"finite": True})
+    return run
+
+
+def reopen(run: SmallRun, plan: Plan, *, accept_changes: bool) -> str:
+    """Open the run under `plan`; give the step that it goes on from, or what it is refused with."""
+    try:
+        with opened(plan, run.directory, resume="auto", accept_changes=accept_changes) as found:
+            assert found.start_from is not None
+            return found.start_from.path.name
+    except MptError as error:
+        assert error.exit_code == 2
+        return f"{error.problem}\n{error.remedy}"
+
+
+@pytest.mark.fault(32)
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [({"processes": 2}, {}), ({}, {"processes": 2}), ({"processes": 2, "zero_stage": 2}, {"zero_stage": 2})],
+    ids=["two to one", "one to two", "zero2, two to one"],
+)
+def test_another_number_of_processes_is_refused_with_the_differences_listed(
+    new_run: NewRun, before: dict[str, int], now: dict[str, int]
+) -> None:
+    was, plan = small_plan(**before), small_plan(**now)
+    run = begun_as(new_run, was)
+    events = run.events
+    refusal = reopen(run, plan, accept_changes=False)
+    for key in ("world_size", "global_batch_size"):
+        assert f"{key}: {was.value(key)} -> {plan.value(key)}" in refusal
+    assert "--accept-changes" in refusal
+    assert run.events == events
+
+
+@pytest.mark.fault(32)
+def test_another_number_of_processes_is_accepted_where_the_global_batch_stays_and_journalled(new_run: NewRun) -> None:
+    run = begun_as(new_run, small_plan(processes=2))
+    events = run.events
+    refusal = reopen(run, small_plan(), accept_changes=True)
+    assert "the global batch was 2 and would be 1 with 1 process:" in refusal
+    assert "Add global_batch_size=2" in refusal
+    assert run.events == events
+    assert reopen(run, small_plan(global_batch_size=2), accept_changes=True) == "checkpoint-10"
+    (changes,) = run.kinds("changes_accepted", "changes")
+    assert {"key": "world_size", "was": 2, "now": 1} in changes
+    assert run.kinds("run_resumed", "accepts_changes") == [True]
+
+
+@pytest.mark.fault(32)
+def test_another_global_batch_that_the_recipe_asks_for_is_accepted(new_run: NewRun) -> None:
+    run = begun_as(new_run, small_plan(processes=2))
+    assert reopen(run, small_plan(micro_batch_size=3), accept_changes=True) == "checkpoint-10"
+
+
+@pytest.mark.fault(32)
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        ({"zero_stage": 2}, "written by 2 processes with zero2"),
+        ({"zero_stage": 3, "processes": 2}, "written by zero2 and can't be loaded by zero3"),
+        ({"processes": 2}, "written by zero2 and can't be loaded by ddp"),
+        ({}, "written by zero2 and can't be loaded by single"),
+    ],
+    ids=["one process", "another stage", "ddp", "single"],
+)
+def test_a_checkpoint_that_another_engine_or_world_can_not_load_is_refused_though_the_change_is_accepted(
+    new_run: NewRun, now: dict[str, int], words: str
+) -> None:
+    run = begun_as(new_run, small_plan(processes=2, zero_stage=2))
+    events = run.events
+    refusal = reopen(run, small_plan(global_batch_size=2, **now), accept_changes=True)
+    assert words in refusal
+    assert "--accept-changes does not help" in refusal
+    assert "Go on with zero2 and 2 processes" in refusal
+    assert run.events == events

@@ -125,7 +125,7 @@ def main(plan: Plan, trainer: str) -> str:
         f"    trainer = {trainer}(",
         "        model=model,",
         "        args=arguments,",
-        "        train_dataset=samples,",
+        f"        train_dataset={'RepeatedStream(samples)' if plan.recipe.data.streaming else 'samples'},",
         "        eval_dataset=held_out_samples,",
         "        data_collator=build_collator(tokenizer),",
         "        processing_class=tokenizer,",
