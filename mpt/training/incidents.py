@@ -3,7 +3,7 @@
 autopsy.json says what was found; `step-rank0.safetensors` is what that rank computed on: its micro batches, and the
 random state before the first; `weights.safetensors` are the trained weights as the attempt ended with them (those from
 before the bad update, where it was left out), in fp32, which holds every narrower number exactly. They are as large as
-a third of a checkpoint: the newest two incidents keep theirs. `mpt replay` makes the step again (`mpt.training.replay`).
+a third of a checkpoint: the newest two incidents keep theirs. `mpt replay` makes the step again (training/replay.py).
 """
 
 import json
