@@ -6,17 +6,15 @@ against the same step as one large batch.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.training.tiny_runs import FP16, LLAMA, Run, free_port, tiny_recipe
+from tests.training.forks import fork_server
+from tests.training.tiny_runs import FP16, LLAMA, Run, tiny_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -245,13 +243,9 @@ def train_cells(engine: str, base: Path, folder: Path) -> dict[str, Any]:
             keys = {"precision": rounded_to_nearest(block), "training": STEP} | accumulated(micro, accumulation)
             cells.append({"name": f"{precision} {name}", "recipe": recipe(engine, None, keys)})
     (folder / "cells.json").write_text(json.dumps(cells))
-    command = [sys.executable]
-    if engine != "single":
-        command += ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    command += ["-m", "tests.training.matrix_cells", str(folder / "cells.json"), str(folder / "out.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd())}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+    argv = ["cells", str(folder / "cells.json"), str(folder / "out.json")]
+    run = fork_server().start(argv, folder / "log", 1 if engine == "single" else 2)
+    assert run.wait(timeout=900) == 0, (folder / "log").read_text()[-3000:]
     found: dict[str, Any] = json.loads((folder / "out.json").read_text())
     return found
 
