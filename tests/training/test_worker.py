@@ -248,6 +248,7 @@ def test_sigterm_saves_at_the_next_step_and_the_run_goes_on_as_if_it_had_not_bee
     assert whole.texts("stop_requested", "by") == ["SIGTERM"]
     assert checkpoints.verify(whole.directory.checkpoints / word["checkpoint"]) is None
     assert max(whole.steps) == word["step"]
+    whole.is_fresh = False
     assert whole.train(2, word["checkpoint"]) == 0, whole.log(2)
     assert sorted(whole.steps) == list(range(1, 151))
 
