@@ -1,8 +1,8 @@
 """The process that made the imports once, and forks each program that it is asked for: they cost ten times what a tiny
 run does.
 
-`python -m tests.training.fork_server` reads a request a line (`argv`, `processes`, `log`, `environment`), and writes
-what became of it: {"keeper", "pid"} when it runs, {"keeper", "ended"} when it is over. It ends with its input.
+`python -m tests.training.fork_server` reads a request a line (`argv`, `processes`, `log`, `folder`, `environment`), and
+writes what became of it: {"keeper", "pid"} when it runs, {"keeper", "ended"} when it is over. It ends with its input.
 `argv[0]` says which program: `worker` (mpt's), `faulty` (mpt's with a fault) or `cells` (the matrix's).
 """
 
@@ -73,11 +73,12 @@ def keep(request: dict[str, Any]) -> None:
 
 
 def be_rank(request: dict[str, Any], rank: int, port: int) -> None:
-    """Give a forked process its own output and environment; ranks find one another as torchrun has them do."""
+    """Give a forked process its own output, folder and environment; ranks find one another as torchrun has them do."""
     with Path(os.devnull).open() as nothing, Path(request["log"]).open("a") as log:
         os.dup2(nothing.fileno(), 0)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
     if request["processes"] > 1:

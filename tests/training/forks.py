@@ -21,7 +21,7 @@ class ForkServer:
     def __init__(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.training.fork_server"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | ENVIRONMENT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | ENVIRONMENT, cwd=Path(__file__).parents[2],
         )  # fmt: skip
         self.ended: dict[int, int] = {}
         self._unread = b""
@@ -29,7 +29,8 @@ class ForkServer:
 
     def start(self, argv: list[str], log: Path, processes: int = 1) -> "Forked":
         """Start a program that this many processes carry out together; its output goes to the log."""
-        request = {"argv": argv, "processes": processes, "log": str(log), "environment": dict(os.environ | ENVIRONMENT)}
+        request = {"argv": argv, "processes": processes, "log": str(log), "folder": str(Path.cwd())}
+        request["environment"] = dict(os.environ | ENVIRONMENT)
         assert self.process.stdin is not None
         self.process.stdin.write(f"{json.dumps(request)}\n".encode())
         self.process.stdin.flush()

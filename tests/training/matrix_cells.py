@@ -50,8 +50,8 @@ def run_cell(cell: dict[str, Any], folder: Path, rank: int, folders: dict[str, P
             whole, checkpoint = cell["continues"]
             data["resume_from"] = checkpoint
             if rank == 0:
-                for part in (f"checkpoints/{checkpoint}", "tokenizer"):
-                    shutil.copytree(folders[whole] / part, folder / part)
+                part = f"checkpoints/{checkpoint}"
+                shutil.copytree(folders[whole] / part, folder / part)
         if rank == 0:
             write_atomically(attempt.plan, json.dumps(data))
         _barrier()

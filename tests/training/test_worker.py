@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -132,7 +133,7 @@ RESUMES: dict[str, dict[str, Any]] = {
     "bf16_pure": {"precision": "bf16_pure"},
     "at the end of an epoch, evaluated": {
         "model": DROPOUT,
-        "data": {"eval_fraction": 0.9},
+        "data": {"source": "short.txt"},
         "micro_batch_size": 24,
         "gradient_accumulation_steps": 3,
         "training": {"max_steps": -1, "num_train_epochs": 2, "eval_strategy": "epoch"},
@@ -146,7 +147,12 @@ RESUMES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", RESUMES)
-def test_a_run_that_was_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(name: str, new_run: MakeRun) -> None:
+def test_a_run_that_was_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(
+    name: str, new_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "\n\n".join(topics[name] for name in sorted(topics))[:40_000]  # 3.6 global batches of "an epoch"
+    tmp_path.joinpath("short.txt").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
     whole = new_run(**RESUMES[name])
     assert whole.train() == 0, whole.log()
     resumed = continue_from(whole, "checkpoint-4", new_run)
