@@ -85,8 +85,9 @@ class Forked:
 # A prelude defines `run(name)`, which carries one program out; `sys.argv` is the program's own.
 # Processes that train together find one another as torchrun has them do. Each program's output goes to its log.
 FORKS = """
-import json, os, socket, sys
+import gc, json, os, socket, sys
 import datasets, deepspeed, numpy, peft, tokenizers, torch, torchao
+import deepspeed.runtime.zero.muon.muon_optimizer, torch.utils.cpp_extension
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
@@ -103,7 +104,10 @@ def start(program, rank, world_size, port):
         os.dup2(log.fileno(), 2)
     sys.argv = program["argv"]
     run(sys.argv[0])
-    sys.exit()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
+
+gc.freeze()
 
 for program in json.loads(sys.argv[1]):
     with socket.socket() as probe:
