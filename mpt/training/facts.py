@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from mpt.errors import ExitCode, MptError
 from mpt.planning.model_facts import DTYPES, OVERFLOWING, ModelFacts, stored_dtype
 from mpt.terms import Task
+from mpt.training.imports import heavy_imports, leave
 
 
 def learn_from_model(request: dict[str, Any]) -> ModelFacts:
@@ -191,7 +192,7 @@ def main() -> NoReturn:
     """Answer one request."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # remote code and upstreams may print
+        with contextlib.redirect_stdout(sys.stderr), heavy_imports():  # remote code and upstreams may print
             request = json.loads(sys.argv[1])
             if request.get("modules"):
                 answer: dict[str, Any] = {"modules": list_modules(request)}
@@ -204,7 +205,7 @@ def main() -> NoReturn:
         print(str(error).strip().split("\n")[0] or type(error).__name__, file=sys.stderr)
         sys.exit(ExitCode.USAGE)
     print(json.dumps(answer))
-    sys.exit(ExitCode.DONE)
+    leave(ExitCode.DONE)
 
 
 if __name__ == "__main__":

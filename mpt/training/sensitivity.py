@@ -23,6 +23,7 @@ from mpt.planning.plan import Plan
 from mpt.recipe.training_keys import training_arguments
 from mpt.running.tie import die_with_parent
 from mpt.terms import DeviceKind
+from mpt.training.imports import heavy_imports, leave
 
 DEVICES = {DeviceKind.ROCM: "cuda"}  # torch's own name where it is another
 
@@ -232,7 +233,8 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(line), file=channel, flush=True)
 
     try:
-        quiet_libraries()
+        with heavy_imports():
+            quiet_libraries()
         _answer_all(Path(arguments[0]), tell)
     except MptError as error:
         tell(error={"problem": error.problem, "remedy": error.remedy, "exit_code": int(error.exit_code)})
@@ -268,4 +270,4 @@ def _own_stdout() -> IO[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -19,6 +19,7 @@ from mpt.running.journal import Journal
 from mpt.running.run_directory import RunDirectory
 from mpt.running.stacks import answer_with_stacks
 from mpt.running.tie import die_with_parent
+from mpt.training.imports import heavy_imports, leave
 
 # What accelerate's own list (accelerate/utils/memory.py) leaves out: errors that arrive late or from cuBLAS's handle.
 OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "HIP error: out of memory")
@@ -55,14 +56,15 @@ def _train(run: RunDirectory, number: int, rank: int, journal: Journal) -> int:
     heartbeat = Heartbeat(attempt, rank)
     if rank == 0:
         journal.append("phase", phase="imports")
-    quiet_libraries()
+    with heavy_imports():
+        quiet_libraries()
 
-    from mpt.planning.plan import Plan
+        from mpt.planning.plan import Plan
 
-    plan = Plan.from_json(json.loads(attempt.plan.read_text(encoding="utf-8")))
-    _choose_device(plan)
+        plan = Plan.from_json(json.loads(attempt.plan.read_text(encoding="utf-8")))
+        _choose_device(plan)
 
-    from mpt.training.session import train
+        from mpt.training.session import train
 
     try:
         done = train(plan, run, attempt, number, journal, stop, rank, heartbeat)
@@ -147,4 +149,4 @@ def _choose_device(plan: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

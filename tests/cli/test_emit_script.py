@@ -26,8 +26,8 @@ from mpt.planning.script import to_script
 from mpt.planning.script_parts.assembly import embed, part
 from mpt.running.run_directory import RunDirectory
 from tests.cli.real_runs import Folder
-from tests.training.forks import MPT_WORKER, carry_out, save_base
-from tests.training.tiny_runs import FP16, Run, tiny_recipe
+from tests.training.forks import carry_out
+from tests.training.tiny_runs import FP16, Run, save_base, tiny_recipe
 
 RUFF = (str(Path(sys.executable).with_name("ruff")), "check", "--isolated", "--line-length", "120")
 # The scripts run where mpt can't be imported: what they do must not come from there.
@@ -124,7 +124,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Run, Pa
     folder = tmp_path_factory.mktemp("trained")
     source = files_of_every_format(tmp_path_factory.mktemp("data"))
     base = save_base(folder / "base")
-    done, workers, scripts = {}, [], []
+    done, scripts = {}, []
     for name, changes in RUNS.items():
         if "lora" in changes:
             changes = changes | {"model": {"name_or_path": base, "config": None}}
@@ -134,13 +134,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Run, Pa
         run.prepare()
         folder.joinpath(f"{name}.py").write_text(to_script(plan_of(**changes)))
         processes = changes.get("distributed", {}).get("processes_per_node", 1)
-        log = str(run.directory.attempt(1).log)
-        workers.append({"argv": ["worker", str(run.path), "1"], "processes": processes, "log": log})
+        assert run.start(processes=processes).wait(timeout=400) == 0, run.log()
         scripts.append({"argv": [f"{output}.py", str(output)], "processes": processes, "log": f"{output}.log"})
         done[name] = (run, output)
-    for prelude, programs in ((MPT_WORKER, workers), (WITHOUT_MPT, scripts)):
-        ended = carry_out(prelude, programs, folder)
-        assert ended.returncode == 0, ended.stderr[-6000:]
+    ended = carry_out(WITHOUT_MPT, scripts, folder)
+    assert ended.returncode == 0, ended.stderr[-6000:]
     return done
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mpt.running.journal import read_events
 from tests.cli.real_runs import MPT
-from tests.training.forks import save_base
+from tests.training.tiny_runs import save_base
 
 
 @pytest.mark.slow

@@ -26,16 +26,6 @@ ROW = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folder, Done]:
-    """A run that finished, and what `mpt train --json` printed. Nobody changes it."""
-    folder = Folder(tmp_path_factory.mktemp("trained"))
-    folder.write()
-    done = folder.train("tiny.yaml", "--json")
-    assert done.returncode == 0, done.stderr
-    return folder, done
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
     made = Folder(tmp_path / "folder")

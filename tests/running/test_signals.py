@@ -20,7 +20,9 @@ def training(run: SmallRun, *changes: str) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_the_first_signal_saves_and_the_same_command_goes_on(new_run: NewRun, number: signal.Signals) -> None:
+def test_the_first_signal_saves_and_the_same_command_goes_on(
+    new_run: NewRun, number: signal.Signals, undisturbed: str
+) -> None:
     run = new_run(step_s=0.05)
     process = training(run)
     process.send_signal(number)
@@ -33,9 +35,7 @@ def test_the_first_signal_saves_and_the_same_command_goes_on(new_run: NewRun, nu
     assert not workers_of(run)
     assert run.train().code == 0
     assert run.kinds("attempt_started", "resume_from") == [None, f"checkpoint-{stopped}"]
-    straight = new_run()
-    straight.train()
-    assert run.state == straight.state
+    assert run.state == undisturbed
 
 
 def test_a_signal_that_comes_twice_at_once_is_one_wish(new_run: NewRun) -> None:

@@ -23,6 +23,7 @@ def new_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
 def fp32_run(new_run: Callable[..., Run]) -> Run:
     """A finished run in fp32, with a sample at its end."""
     run = new_run(sample={"prompt": "The ", "max_new_tokens": 8})
+    run.is_fresh = True
     assert run.train() == 0, run.log()
     return run
 

@@ -163,9 +163,13 @@ def spoilt(gradient: torch.Tensor, handles: list[Any]) -> torch.Tensor:
     return gradient * math.nan
 
 
-if __name__ == "__main__":
-    from mpt.training.worker import main, quiet_libraries
+def main(arguments: list[str]) -> int:
+    from mpt.training import worker
 
-    quiet_libraries()
-    install(json.loads(sys.argv[1]))
-    sys.exit(main(sys.argv[2:]))
+    worker.quiet_libraries()
+    install(json.loads(arguments[0]))
+    return worker.main(arguments[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,27 +1,93 @@
-"""Many training programs, each forked from one process that made the imports: they cost more than a tiny run does."""
+"""Training programs forked from a process that made the imports: they cost ten times what a tiny run does."""
 
+import atexit
 import json
 import os
+import selectors
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
-from tests.training.tiny_runs import LLAMA
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+
+
+class ForkServer:
+    """The process of `fork_server`, and what it has told."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.training.fork_server"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | ENVIRONMENT, cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        self.ended: dict[int, int] = {}
+        self._unread = b""
+        atexit.register(self.process.kill)
+
+    def start(self, argv: list[str], log: Path, processes: int = 1) -> "Forked":
+        """Start a program that this many processes carry out together; its output goes to the log."""
+        request = {"argv": argv, "processes": processes, "log": str(log), "folder": str(Path.cwd())}
+        request["environment"] = dict(os.environ | ENVIRONMENT)
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{json.dumps(request)}\n".encode())
+        self.process.stdin.flush()
+        while True:
+            for told in self.listen(120):
+                if "pid" in told:
+                    return Forked(self, told["keeper"], told["pid"])
+
+    def listen(self, seconds: float) -> list[dict[str, int]]:
+        """Read what it tells within this time; note what has ended."""
+        assert self.process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                return []
+        *lines, self._unread = (self._unread + os.read(self.process.stdout.fileno(), 65536)).split(b"\n")
+        assert lines or self.process.poll() is None, "the fork server is gone"
+        told = [json.loads(line) for line in lines]
+        self.ended |= {one["keeper"]: one["ended"] for one in told if "ended" in one}
+        return told
+
+
+@cache
+def fork_server() -> ForkServer:
+    """The one of this session."""
+    return ForkServer()
+
+
+@dataclass
+class Forked:
+    """A forked program, as subprocess.Popen would give it. `pid` is its first rank."""
+
+    server: ForkServer
+    keeper: int
+    pid: int
+
+    def poll(self) -> int | None:
+        self.server.listen(0)
+        return self.server.ended.get(self.keeper)
+
+    def wait(self, timeout: float) -> int:
+        """Wait for all of its processes; give 0 or the exit status of the first that failed."""
+        until = time.monotonic() + timeout
+        while self.keeper not in self.server.ended:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise subprocess.TimeoutExpired("a forked program", timeout)
+            self.server.listen(left)
+        return self.server.ended[self.keeper]
+
 
 # A prelude defines `run(name)`, which carries one program out; `sys.argv` is the program's own.
-MPT_WORKER = """
-import sys
-from mpt.training.worker import main, quiet_libraries
-quiet_libraries()
-def run(name):
-    sys.exit(main(sys.argv[1:]))
-"""
 # Processes that train together find one another as torchrun has them do. Each program's output goes to its log.
 FORKS = """
-import json, os, socket, sys
+import gc, json, os, socket, sys
 import datasets, deepspeed, numpy, peft, tokenizers, torch, torchao
+import deepspeed.runtime.zero.muon.muon_optimizer, torch.utils.cpp_extension
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
@@ -38,7 +104,10 @@ def start(program, rank, world_size, port):
         os.dup2(log.fileno(), 2)
     sys.argv = program["argv"]
     run(sys.argv[0])
-    sys.exit()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
+
+gc.freeze()
 
 for program in json.loads(sys.argv[1]):
     with socket.socket() as probe:
@@ -46,29 +115,16 @@ for program in json.loads(sys.argv[1]):
         port = probe.getsockname()[1]
     children = [start(program, rank, program["processes"], port) for rank in range(program["processes"])]
     ended = {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children}
-    if ended != {program.get("ends", 0)}:
+    if ended != {0}:
         sys.exit(f"{program['argv']} ended with {ended}: {open(program['log']).read()[-6000:]}")
 """
 
 
 def carry_out(prelude: str, programs: list[dict[str, Any]], folder: Path) -> "subprocess.CompletedProcess[str]":
-    """Carry the programs out one after another.
+    """Carry programs that are not mpt's out one after another, forked from a process with this prelude.
 
-    Each has `argv`, `processes` (how many train together), `log`, and `ends`: its exit status, 0 unless told.
+    Each has `argv`, `processes` (how many train together) and `log`, and must end with status 0.
     """
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | ENVIRONMENT
     command = [sys.executable, "-c", f"{prelude}{FORKS}", json.dumps(programs)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, check=False)
-
-
-def save_base(folder: Path) -> str:
-    """Save a tiny Llama, as its seed draws it, to put adapters on."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
-
-    from mpt.training.tokenizer import train_tokenizer
-
-    set_seed(42)
-    config = LlamaConfig(vocab_size=512, **{key: value for key, value in LLAMA.items() if key != "model_type"})
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    train_tokenizer((topics[name] for name in sorted(topics)), 512).save_pretrained(folder)
-    return str(folder)

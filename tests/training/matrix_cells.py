@@ -1,9 +1,9 @@
-"""Train many tiny recipes one after another in this process (or this group of processes): `matrix_cells.py CELLS OUT`.
+"""Train many tiny recipes one after another in this process (or this group of processes): `cells CELLS OUT`.
 
-CELLS is a JSON list of {"name", "recipe"} and, for one that goes on from another's checkpoint, {"continues": [name,
-checkpoint]}; OUT becomes {name: {"error"} or {"audit", "losses", "folder", ...}}. Starting torch and transformers costs
-seconds a process, a cell less than one: the matrix of precisions, engines and methods is affordable only so. Each cell
-is what the worker does: a plan in a run directory, `session.train`, the audit's file.
+The fork server starts it. CELLS is a JSON list of {"name", "recipe"} and, for one that goes on from another's
+checkpoint, {"continues": [name, checkpoint]}; OUT becomes {name: {"error"} or {"audit", "losses", "folder", ...}}.
+Joining a group of processes and DeepSpeed's first set-up cost more than a cell. Each cell is what the worker does: a
+plan in a run directory, `session.train`, the audit's file.
 """
 
 import functools
@@ -50,8 +50,8 @@ def run_cell(cell: dict[str, Any], folder: Path, rank: int, folders: dict[str, P
             whole, checkpoint = cell["continues"]
             data["resume_from"] = checkpoint
             if rank == 0:
-                for part in (f"checkpoints/{checkpoint}", "tokenizer"):
-                    shutil.copytree(folders[whole] / part, folder / part)
+                part = f"checkpoints/{checkpoint}"
+                shutil.copytree(folders[whole] / part, folder / part)
         if rank == 0:
             write_atomically(attempt.plan, json.dumps(data))
         _barrier()
@@ -156,14 +156,14 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
     rank = int(os.environ.get("RANK", "0"))
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from mpt.training.worker import quiet_libraries
 
     quiet_libraries()
-    cells = json.loads(Path(sys.argv[1]).read_text())
-    out = Path(sys.argv[2])
+    cells = json.loads(Path(arguments[0]).read_text())
+    out = Path(arguments[1])
     _watch_what_is_made_and_sent()
     results: dict[str, Any] = {}
     folders = {cell["name"]: out.parent / f"cell-{number:03d}" for number, cell in enumerate(cells)}
@@ -172,7 +172,4 @@ def main() -> None:
         results[cell["name"]] = run_cell(cell, folders[cell["name"]], rank, folders)
         if rank == 0:
             out.write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

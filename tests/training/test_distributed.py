@@ -34,6 +34,7 @@ def test_two_processes_train_what_one_does_with_the_same_global_batch(
     strategy: str, new_run: MakeRun, fp32_run: Run
 ) -> None:
     run = new_run(**two_processes(strategy, sample={"prompt": "The ", "max_new_tokens": 4}))
+    run.is_fresh = strategy == "ddp"
     assert run.train(processes=2) == 0, run.log()
     found = run.audit()
     assert (found["distributed.strategy"], found["world_size"], found["global_batch_size"]) == (strategy, 2, 8)

@@ -20,9 +20,9 @@ from mpt.running.measured import Measure, ask_to_measure, gradients_file
 from mpt.running.metrics import read_rows
 from mpt.running.run_directory import RunDirectory, write_atomically
 from mpt.terms import Precision
-from tests.training.forks import MPT_WORKER, carry_out, save_base
+from tests.training.forks import fork_server
 from tests.training.test_distributed import NEEDS_FP16, has_fp16_engine
-from tests.training.tiny_runs import FP16, tiny_recipe
+from tests.training.tiny_runs import FP16, save_base, tiny_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # trainings; on a busy machine they take their time
 STEPS = 3
@@ -72,18 +72,15 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
         if name != "fp16, zero2" or has_fp16_engine():
             keys = case.keys | ({"model": {"name_or_path": base, "config": None}} if "lora" in case.keys else {})
             plans[name] = pair_of(str(text), precision=case.precision, **keys)
-    programs = []
     for number, pair in enumerate(plans.values()):
         for role, plan in zip(("candidate", "reference"), pair, strict=True):
             run = RunDirectory(folder / f"{number}-{role}")
             run.checkpoints.mkdir(parents=True)
             write_atomically(run.attempt(1).plan, json.dumps(plan.to_json()))
             ask_to_measure(run.attempt(1), Measure(STEPS, keeps_gradients=True))
-            processes = plan.value("world_size")
-            log = str(run.attempt(1).log)
-            programs.append({"argv": ["worker", str(run.path), "1"], "processes": processes, "log": log, "ends": 80})
-    ended = carry_out(MPT_WORKER, programs, folder)
-    assert ended.returncode == 0, ended.stderr[-6000:]
+            log = run.attempt(1).log
+            forked = fork_server().start(["worker", str(run.path), "1"], log, plan.value("world_size"))
+            assert forked.wait(timeout=400) == 80, log.read_text()[-6000:]
     found: Measured = {}
     for number, (name, pair) in enumerate(plans.items()):
         runs = RunDirectory(folder / f"{number}-candidate"), RunDirectory(folder / f"{number}-reference")

@@ -1,4 +1,7 @@
-"""Tiny real runs: a two-layer Llama from scratch on the Python language reference, each in a process of its own."""
+"""Tiny real runs: a two-layer Llama from scratch on the Python language reference, each in a process of its own.
+
+Most are forked from a process that made the imports (`forks`); a `fresh` one is started as the supervisor starts it.
+"""
 
 import json
 import os
@@ -9,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 from mpt.hardware.specs import parse_machine
@@ -18,6 +22,7 @@ from mpt.planning.plan import resolve
 from mpt.recipe.schema import Recipe
 from mpt.running.journal import last_word, read_events
 from mpt.running.run_directory import RunDirectory, write_atomically
+from tests.training.forks import ENVIRONMENT, Forked, fork_server
 
 LLAMA = {
     "model_type": "llama",
@@ -63,6 +68,8 @@ class Run:
     recipe: Recipe
     fault: dict[str, Any] | None = None
     """What befalls the worker (`tests.training.faulty_worker`)."""
+    is_fresh: bool = False
+    """Whether its workers are new interpreters, and several of them torchrun's."""
 
     @property
     def path(self) -> Path:
@@ -76,21 +83,18 @@ class Run:
         self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomically(self.directory.attempt(attempt).plan, text)
 
-    def command(self, attempt: int = 1, processes: int = 1) -> list[str]:
-        worker = ["-m", "mpt.training.worker", str(self.path), str(attempt)]
-        if self.fault is not None:
-            worker = ["-m", "tests.training.faulty_worker", json.dumps(self.fault), *worker[2:]]
-        if processes == 1:
-            return [sys.executable, *worker]
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        return [*launcher, "--max-restarts", "0", "--master-port", str(free_port()), *worker]
-
-    def start(self, attempt: int = 1, processes: int = 1) -> subprocess.Popen[str]:
-        log = self.directory.attempt(attempt).log.open("w")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.Popen(
-            self.command(attempt, processes), stdout=log, stderr=subprocess.STDOUT, text=True, env=environment
-        )
+    def start(self, attempt: int = 1, processes: int = 1) -> "subprocess.Popen[str] | Forked":
+        log, arguments = self.directory.attempt(attempt).log, [str(self.path), str(attempt)]
+        if not self.is_fresh:
+            program = ["worker"] if self.fault is None else ["faulty", json.dumps(self.fault)]
+            return fork_server().start([*program, *arguments], log, processes)
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--max-restarts", "0"]
+        launcher += ["--master-port", str(free_port())]
+        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "mpt.training.worker", *arguments]
+        with log.open("w") as output:
+            return subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, text=True, env=os.environ | ENVIRONMENT
+            )
 
     def train(self, attempt: int = 1, resume_from: str | None = None, processes: int = 1) -> int:
         """Run an attempt to its end; give the exit code."""
@@ -153,3 +157,16 @@ def continue_from(run: Run, checkpoint: str, make: Callable[..., Run], processes
     resumed.directory.metrics.write_text("\n".join([*rows, '{"step": 9, "torn']))
     assert resumed.train(2, checkpoint, processes) == 0, resumed.log(2)
     return resumed
+
+
+def save_base(folder: Path) -> str:
+    """Save a tiny Llama, as its seed draws it, to put adapters on."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
+
+    from mpt.training.tokenizer import train_tokenizer
+
+    set_seed(42)
+    config = LlamaConfig(vocab_size=512, **{key: value for key, value in LLAMA.items() if key != "model_type"})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    train_tokenizer((topics[name] for name in sorted(topics)), 512).save_pretrained(folder)
+    return str(folder)
