@@ -57,6 +57,10 @@ def to_training_arguments(
         "disable_tqdm": True,
         "use_cpu": on_cpu,
     }
+    config = asked.get("accelerator_config") or {}
+    if recipe.data.streaming and not recipe.data.packing and isinstance(config, dict):
+        # accelerate would have rank 0 read for all, and join their batches, which padding makes differ in length.
+        keywords["accelerator_config"] = {"dispatch_batches": False} | config
     if compiles:
         keywords["torch_compile"] = True
     if precision is Precision.TF32:

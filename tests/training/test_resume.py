@@ -52,6 +52,7 @@ CASES: dict[str, Case] = {
     "streamed, padded": Case({"data": STREAMED | PADDED}, (6,)),
     "streamed by loader processes that last": Case({"data": STREAMED}, (6,), LASTING),
     "streamed over ddp": Case({"data": STREAMED, "distributed": TWO | {"strategy": "ddp"}}, (6,)),
+    "streamed over ddp, padded": Case({"data": STREAMED | PADDED, "distributed": TWO | {"strategy": "ddp"}}, (6,)),
 }
 RESUMES = [(name, step) for name, case in CASES.items() for step in case.killed_after]
 
