@@ -74,6 +74,10 @@ class StepWatch:
         self._skip_rate = SkipRate()
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
+    def go_on_from(self, number: int) -> None:
+        """Say which step was the last one before this attempt: what is found before its first step is of that one."""
+        self._number = number
+
     def begin(self, number: int, learning_rate: float) -> None:
         """Start step `number` (from 1), before its data is fetched; `learning_rate` is the one it will use."""
         self.heartbeat.step(number)

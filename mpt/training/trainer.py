@@ -324,6 +324,7 @@ class StepHooks(TrainerCallback):
         trainer.saver.restore()
         if trainer.replay is not None:
             trainer.replay.load_weights(trainer.model)
+        trainer.watch.go_on_from(state.global_step)
         if trainer.replay is None:
             trainer._refuse(bad_weights(trainer), "not finite before the first step")
         trainer.audit.after_set_up(trainer)

@@ -232,6 +232,23 @@ def test_weights_that_are_poisoned_already_are_named_before_the_first_step(
     assert list(run.directory.checkpoints.iterdir()) == []
 
 
+@pytest.mark.fault(25)
+def test_a_checkpoint_that_is_poisoned_already_is_what_the_run_goes_back_from(fp32_run: Run, new_run: MakeRun) -> None:
+    """Its step is the onset, so that an older checkpoint is taken and not the beginning."""
+    run = new_run()
+    for name in ("checkpoint-4", "checkpoint-8"):
+        shutil.copytree(fp32_run.directory.checkpoints / name, run.directory.checkpoints / name)
+    shutil.copytree(fp32_run.path / "tokenizer", run.path / "tokenizer")
+    weights = run.directory.checkpoints / "checkpoint-8" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")
+    assert run.train(2, "checkpoint-8") == 81, run.log(2)
+    word = run.last_word(2)
+    assert (word["code"], word["step"], word["onset"]) == ("N4", 8, 8)
+    target = checkpoints.roll_back_target(run.directory, word["onset"], margin=0)
+    assert target is not None
+    assert target.path.name == "checkpoint-4"
+
+
 def wait_for(what: Callable[[], Any], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not what():
