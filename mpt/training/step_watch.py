@@ -11,7 +11,8 @@ import os
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,6 +66,8 @@ class StepWatch:
         self.device = device
         self.heartbeat = heartbeat
         self.stop_agreed = False
+        self.blame: Callable[[], str | None] = lambda: None
+        """Names the weights whose gradients are not finite at the moment, where somebody can."""
         self.step: Step | None = None
         self._metrics = _open_metrics(metrics) if self.is_writer else -1
         self._losses: list[torch.Tensor] = []
@@ -172,6 +175,8 @@ class StepWatch:
     def _heed(self, verdict: Verdict, *, late: bool = False) -> None:
         """Do what a verdict says, and journal it where it says something."""
         assert self.step is not None
+        if verdict.code is Code.N3 and (culprits := self.blame()) is not None:
+            verdict = replace(verdict, reason=f"{verdict.reason}; not finite: {culprits}")
         if verdict.action is Action.ROLL_BACK:
             self.roll_back(verdict)
         if not late:
