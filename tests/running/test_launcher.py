@@ -147,6 +147,7 @@ def test_torchrun_s_report_names_the_ranks_that_failed_the_first_one_first(
 
 
 @pytest.mark.slow
+@pytest.mark.fault(11)
 def test_two_processes_start_though_the_usual_ports_are_taken(new_run: Callable[..., SmallRun]) -> None:
     run = new_run(steps=5)
     run.environment = {"MASTER_PORT": "29500", "MASTER_ADDR": "127.0.0.1", "RANK": "7", "WORLD_SIZE": "9"}

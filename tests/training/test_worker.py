@@ -85,6 +85,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(new_run: MakeRun, fp32_run
     assert run.steps[8]["loss"] != fp32_run.steps[8]["loss"]
 
 
+@pytest.mark.fault(26)
 def test_fp16_is_really_fp16_and_its_loss_scale_skips_steps_until_it_fits(fp16_run: Run, fp32_run: Run) -> None:
     found = fp16_run.audit()
     assert (found["matrix multiplications"], found["autocast_dtype"]) == ({"fp16": 15}, "fp16")
@@ -215,6 +216,7 @@ def test_a_loss_that_stays_not_finite_ends_the_run_before_it_reaches_the_weights
     assert not run.directory.final.exists()
 
 
+@pytest.mark.fault(25)
 def test_weights_that_are_poisoned_already_are_named_before_the_first_step(
     fp32_run: Run, new_run: MakeRun, tmp_path: Path
 ) -> None:
@@ -249,13 +251,14 @@ def test_a_checkpoint_that_is_poisoned_already_is_what_the_run_goes_back_from(fp
     assert target.path.name == "checkpoint-4"
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 120) -> None:
+def wait_for(what: Callable[[], Any], seconds: float = 120, pause: float = 0.05) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
+@pytest.mark.fault(5)
 def test_sigterm_saves_at_the_next_step_and_the_run_goes_on_as_if_it_had_not_been(new_run: MakeRun) -> None:
     whole = new_run(training={"max_steps": 150, "save_steps": 1000})
     whole.is_fresh = True
@@ -274,6 +277,24 @@ def test_sigterm_saves_at_the_next_step_and_the_run_goes_on_as_if_it_had_not_bee
     whole.is_fresh = False
     assert whole.train(2, word["checkpoint"]) == 0, whole.log(2)
     assert sorted(whole.steps) == list(range(1, 151))
+
+
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("phase", ["saving", "evaluating"])
+def test_sigterm_in_a_save_or_an_evaluation_lets_it_finish_and_stops_at_the_next_step(
+    phase: str, new_run: MakeRun
+) -> None:
+    run = new_run(training={"save_steps": 3, "eval_strategy": "steps", "eval_steps": 3})
+    run.prepare()
+    process = run.start()
+    beat = run.directory.attempt(1).heartbeat(0)
+    wait_for(lambda: getattr(read_beat(beat), "phase", None) == phase or process.poll() is not None, pause=0.001)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 80, run.log()
+    assert run.last_word()["step"] == 4
+    assert run.texts("checkpoint_saved", "name") == ["checkpoint-3", "checkpoint-4"]
+    assert all(checkpoints.verify(path) is None for _, path in checkpoints.list_checkpoints(run.directory))
+    assert run.texts("evaluated", "step") == [3]
 
 
 @pytest.mark.parametrize(
