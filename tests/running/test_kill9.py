@@ -119,6 +119,19 @@ def test_a_killed_supervisor_takes_its_worker_along_and_changes_nothing_about_th
     check_equal(folder, undisturbed)
 
 
+@pytest.mark.fault(5)
+def test_a_stop_in_a_step_changes_nothing_about_the_result(folder: Folder, undisturbed: Folder) -> None:
+    process = folder.start("tiny.yaml")
+    wait_for_step(folder, 6, 1, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 80, err
+    done = folder.train("tiny.yaml")
+    assert done.returncode == 0, done.stderr
+    assert folder.listed("attempt_started", "resume_from") == [None, *folder.listed("stopped", "checkpoint")]
+    check_equal(folder, undisturbed)
+
+
 @pytest.mark.fault(11)
 def test_one_of_two_ranks_killed_ends_the_other_and_changes_nothing_about_the_result(tmp_path: Path) -> None:
     """Over gloo, where the other rank waits for it in a collective."""

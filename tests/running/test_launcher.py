@@ -29,6 +29,7 @@ def test_one_process_is_the_worker_itself() -> None:
     assert command.argv == (sys.executable, "-m", "mpt.training.worker", "runs/small", "3")
 
 
+@pytest.mark.fault(11)
 def test_several_processes_are_torchrun_without_restarts_on_a_port_of_its_own() -> None:
     first, second = (build_command(small_plan(processes=2), RUN, 1, {}).argv for _ in range(2))
     text = shlex.join(first)
