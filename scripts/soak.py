@@ -27,8 +27,9 @@ from mpt.running.metrics import read_rows
 class Lane:
     """One run after another, with a chance of its own; `reference` is the undisturbed run."""
 
-    def __init__(self, name: str, run: SoakRun, reference: SoakRun, chance: random.Random) -> None:
-        self.name = name
+    def __init__(self, number: int, run: SoakRun, reference: SoakRun, chance: random.Random) -> None:
+        self.number = number
+        self.name = f"lane {number}"
         self.run = run
         self.reference = reference
         self.rows: dict[int, dict[str, Any]] = read_rows(reference.directory)
@@ -41,7 +42,7 @@ class Lane:
     def soak(self, faults: int) -> str | None:
         """Throw so many faults, and let the last run end; give what was broken, None where nothing was."""
         try:
-            self.run.start()
+            self._begin()
             while self.thrown.total() < faults:
                 self._throw()
             while self.ends == 0 or self.run.supervisor is not None:
@@ -86,8 +87,12 @@ class Lane:
         print(f"{self.name}       a run ended after {run.attempt} attempts, as the undisturbed one", flush=True)
         run.clear()
         if steps < 10**9:
-            run.start()
+            self._begin()
         return False
+
+    def _begin(self) -> None:
+        """Begin a run; of two after each other, and of those of two lanes, one saves in the background."""
+        self.run.begin(saves_in_background=(self.number + self.ends) % 2 == 0)
 
 
 def main() -> int:
@@ -100,13 +105,13 @@ def main() -> int:
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="mpt-soak-"))
     undisturbed = SoakRun(folder / "undisturbed", options.processes)
-    undisturbed.start()
+    undisturbed.begin()
     code = undisturbed.end()
     if code:
         sys.exit(f"the undisturbed run ended with {code}:\n{undisturbed.log.read_text(errors='replace')[-3000:]}")
     lanes = [
         Lane(
-            f"lane {number}",
+            number,
             SoakRun(folder / f"lane-{number}", options.processes),
             undisturbed,
             random.Random(f"{options.seed} {number}"),

@@ -36,7 +36,7 @@ class Broken(Exception):  # noqa: N818 - what a soak is there to find
     """The run did not keep a promise."""
 
 
-def recipe(processes: int) -> dict[str, Any]:
+def recipe(processes: int, saves_in_background: bool) -> dict[str, Any]:
     """A model of 0.3 million weights with dropout on the builtin text: a step takes 20 ms on a CPU, a save 100."""
     model = {"model_type": "gpt2", "n_embd": 96, "n_layer": 2, "n_head": 2, "n_positions": 32}
     model |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
@@ -48,6 +48,7 @@ def recipe(processes: int) -> dict[str, Any]:
         "distributed": {"processes_per_node": processes},
         "micro_batch_size": 2,
         "gradient_accumulation_steps": 2,
+        "background_saving": saves_in_background,
         "training": {
             "max_steps": STEPS,
             "save_steps": SAVE_STEPS,
@@ -80,12 +81,17 @@ class SoakRun:
         self.log = folder / "supervisor.log"
         self._journal = b""  # what it held at the last check
         folder.mkdir(parents=True, exist_ok=True)
-        folder.joinpath("soak.yaml").write_text(yaml.safe_dump(recipe(processes)), encoding="utf-8")
 
     # --- acting
 
+    def begin(self, *, saves_in_background: bool = False) -> None:
+        """Begin the run: its numbers are the same, however it saves."""
+        text = yaml.safe_dump(recipe(self.processes, saves_in_background))
+        self.folder.joinpath("soak.yaml").write_text(text, encoding="utf-8")
+        self.start()
+
     def start(self) -> None:
-        """Start the one command that begins the run and goes on with it."""
+        """Start the command that began the run, which goes on with it."""
         bad_numbers = json.dumps({"nan_loss_at": BAD_LOSS_AT})
         command = [sys.executable, "-m", "tests.training.faulty_train", bad_numbers, "train"]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
