@@ -112,7 +112,7 @@ def spiky(tmp_path_factory: pytest.TempPathFactory) -> Folder:
         micro_batch_size=8,
         training={"max_steps": 90, "save_steps": 5, "save_total_limit": 30, "learning_rate": 1e-4},
         health={"min_seen": 8, "window": 16, "settle_steps": 16, "known_good_after": 20},
-        recovery={"margin": 20, "rewarm_steps": 5},
+        recovery={"margin": 20, "rewarm_steps": 5, "rungs": ["retry", "lower_learning_rate"]},
     )
 
 
