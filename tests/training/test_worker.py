@@ -164,6 +164,22 @@ def test_a_run_that_was_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(
     assert (first["train_loss"], first["eval_loss"]) == (second["train_loss"], second["eval_loss"])
 
 
+def test_a_run_goes_on_bit_for_bit_before_the_short_last_step_of_an_epoch(
+    new_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has fewer samples than the plan says."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))[:40_000]
+    tmp_path.joinpath("short.txt").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    changes = RESUMES["at the end of an epoch, evaluated"]
+    whole = new_run(**changes | {"training": changes["training"] | {"save_steps": 3}})
+    assert whole.train() == 0, whole.log()
+    assert whole.steps[4]["tokens"] < whole.steps[3]["tokens"]
+    resumed = continue_from(whole, "checkpoint-3", new_run)
+    assert resumed.trajectory == whole.trajectory
+    assert equal(resumed.weights(), whole.weights())
+
+
 def test_a_changed_learning_rate_holds_over_that_of_the_checkpoint(fp32_run: Run, new_run: MakeRun) -> None:
     resumed = new_run(training={"learning_rate": 1e-3})
     shutil.copytree(fp32_run.directory.checkpoints / "checkpoint-4", resumed.directory.checkpoints / "checkpoint-4")
@@ -289,7 +305,7 @@ def test_sigterm_in_a_save_or_an_evaluation_lets_it_finish_and_stops_at_the_next
     process = run.start()
     beat = run.directory.attempt(1).heartbeat(0)
     wait_for(lambda: getattr(read_beat(beat), "phase", None) == phase or process.poll() is not None, pause=0.001)
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 80, run.log()
     assert run.last_word()["step"] == 4
     assert run.texts("checkpoint_saved", "name") == ["checkpoint-3", "checkpoint-4"]
