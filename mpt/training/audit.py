@@ -6,6 +6,7 @@ stands in `mpt.training.findings`; this module knows the order, the comparison a
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -118,11 +119,8 @@ class Audit:
         plan = self.plan
         if not plan.value("compile"):
             self._forward()
-        planned = plan.value("global_batch_size")
-        if hasattr(trainer.train_dataset, "__len__") and len(trainer.train_dataset) < planned:
-            planned = None  # one short batch is all there is
-        if planned is not None and trainer.replay is None:  # an incident's step may have been an epoch's last
-            self._compare("global_batch_size", planned, self.samples * trainer.args.world_size)
+        if trainer.replay is None and not _may_be_short(trainer):  # an incident's step may have been an epoch's last
+            self._compare("global_batch_size", plan.value("global_batch_size"), self.samples * trainer.args.world_size)
         gradients = [w.grad for w in trainer.model.parameters() if w.requires_grad and w.grad is not None]
         if gradients and not trainer.is_deepspeed_enabled:  # DeepSpeed has moved them into buffers of its own
             islands = findings.island_weights(trainer, planned_islands(plan))
@@ -332,3 +330,13 @@ class Audit:
         if not self._reported or not passed:
             self.journal.append("audit", passed=passed)
         self._reported = True
+
+
+def _may_be_short(trainer: "PlanTrainer") -> bool:
+    """Whether the step under way may have fewer samples than planned: an epoch's last one, at which a resumed attempt
+    may begin. Where a stream ends nobody knows before."""
+    if not hasattr(trainer.train_dataset, "__len__"):
+        return trainer.plan.resume_from is not None
+    batches = len(trainer.callback_handler.train_dataloader)
+    steps = math.ceil(batches / trainer.args.gradient_accumulation_steps)
+    return (trainer.state.global_step + 1) % steps == 0

@@ -30,6 +30,13 @@ def bad_state(trainer: "PlanTrainer") -> str | None:
     return _agree(_not_finite((*_held(trainer), *named)), trainer)
 
 
+def bad_gradients(trainer: "PlanTrainer") -> str | None:
+    """Name the weights whose gradients are not finite, on this rank alone; None where all are, or where an engine keeps
+    the gradients to itself."""
+    gradients = [(name, weight.grad) for name, weight in trainer.model.named_parameters() if weight.grad is not None]
+    return _listed(_not_finite(gradients))
+
+
 def _held(trainer: "PlanTrainer") -> Iterable[tuple[str, torch.Tensor]]:
     """List the weights, under ZeRO-3 this rank's share of each."""
     return ((name, getattr(weight, "ds_tensor", weight)) for name, weight in trainer.model.named_parameters())
@@ -57,6 +64,10 @@ def _agree(bad: list[str], trainer: "PlanTrainer") -> str | None:
         everyones: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyones, bad)
         bad = list(dict.fromkeys(name for names in everyones for name in names))
+    return _listed(bad)
+
+
+def _listed(bad: list[str]) -> str | None:
     if not bad:
         return None
     more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""

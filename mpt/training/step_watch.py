@@ -11,7 +11,8 @@ import os
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -65,6 +66,8 @@ class StepWatch:
         self.device = device
         self.heartbeat = heartbeat
         self.stop_agreed = False
+        self.blame: Callable[[], str | None] = lambda: None
+        """Names the weights whose gradients are not finite at the moment, where somebody can."""
         self.step: Step | None = None
         self._metrics = _open_metrics(metrics) if self.is_writer else -1
         self._losses: list[torch.Tensor] = []
@@ -73,6 +76,10 @@ class StepWatch:
         self._learning_rate = 0.0
         self._skip_rate = SkipRate()
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
+
+    def go_on_from(self, number: int) -> None:
+        """Say which step was the last one before this attempt: what is found before its first step is of that one."""
+        self._number = number
 
     def begin(self, number: int, learning_rate: float) -> None:
         """Start step `number` (from 1), before its data is fetched; `learning_rate` is the one it will use."""
@@ -168,6 +175,8 @@ class StepWatch:
     def _heed(self, verdict: Verdict, *, late: bool = False) -> None:
         """Do what a verdict says, and journal it where it says something."""
         assert self.step is not None
+        if verdict.code is Code.N3 and (culprits := self.blame()) is not None:
+            verdict = replace(verdict, reason=f"{verdict.reason}; not finite: {culprits}")
         if verdict.action is Action.ROLL_BACK:
             self.roll_back(verdict)
         if not late:

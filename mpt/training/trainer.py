@@ -25,7 +25,7 @@ from mpt.training.audit import Audit
 from mpt.training.background import trained_state
 from mpt.training.checkpointing import Saver
 from mpt.training.data_order import SAMPLE_IDS, DataOrder, Placed, PlacedCollator, keep_order
-from mpt.training.finite import bad_weights
+from mpt.training.finite import bad_gradients, bad_weights
 from mpt.training.gradient_capture import Measurement
 from mpt.training.health import Action, Code, Verdict
 from mpt.training.incidents import Evidence, hold_inquest
@@ -57,6 +57,7 @@ class PlanTrainer(Trainer):
         self.run = run
         self.journal = journal
         self.watch = watch
+        self.watch.blame = lambda: bad_gradients(self)
         self.audit = audit
         self.measurement = Measurement(run.attempt(watch.attempt), is_writer=watch.is_writer)
         self.last_evaluation: tuple[int, float | None] | None = None
@@ -213,11 +214,25 @@ class PlanTrainer(Trainer):
             self.watch.add_loss(loss)
         return loss
 
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip as torch does, but leave gradients whose norm is not finite as they came, so that they can be named:
+        torch would multiply all of them by that norm."""
+        if self.is_deepspeed_enabled:
+            return super()._clip_grad_norm(model)
+        norm = self._plain_grad_norm(model)
+        held = torch.where(torch.isfinite(norm), norm, 0.0)
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), self.args.max_grad_norm, held)
+        return norm
+
+    def _plain_grad_norm(self, model: Any) -> torch.Tensor:
+        self.accelerator.unscale_gradients()
+        return torch.nn.utils.get_total_norm([w.grad for w in model.parameters() if w.grad is not None])
+
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float | None:
         """The last look before the optimizer step; DeepSpeed has made its step by now, after a look of its own."""
-        norm = super()._get_grad_norm(model, grad_norm)
         if self.is_deepspeed_enabled:
-            return norm
+            return super()._get_grad_norm(model, grad_norm)
+        norm = self._plain_grad_norm(model) if grad_norm is None else grad_norm
         limit = self.args.max_grad_norm
         scale = None if self.scaler is None else self.scaler._get_scale_async()
         step = self.watch.agree(torch.as_tensor(norm), scale, scale_at_floor(self.scaler))
@@ -324,6 +339,7 @@ class StepHooks(TrainerCallback):
         trainer.saver.restore()
         if trainer.replay is not None:
             trainer.replay.load_weights(trainer.model)
+        trainer.watch.go_on_from(state.global_step)
         if trainer.replay is None:
             trainer._refuse(bad_weights(trainer), "not finite before the first step")
         trainer.audit.after_set_up(trainer)

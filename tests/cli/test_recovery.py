@@ -15,6 +15,7 @@ from tests.training.tiny_runs import save_base
 
 
 @pytest.mark.slow
+@pytest.mark.fault(27)
 def test_an_overflow_in_fp16s_forward_pass_is_recovered_from_in_another_precision(tmp_path: Path) -> None:
     save_base(tmp_path / "model")
     weights = load_file(tmp_path / "model/model.safetensors")

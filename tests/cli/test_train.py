@@ -1,6 +1,7 @@
 """`mpt train` as a program: what it refuses and with which code, what it prints, and that a kill changes nothing."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -143,11 +144,12 @@ def test_the_same_recipe_with_other_values_is_refused(
 
 
 @pytest.mark.slow
+@pytest.mark.fault(8)
 def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Folder) -> None:
     command = ("tiny.yaml", "--json", "training={max_steps: 300, save_steps: 1000, learning_rate: 1e-3}")
     process = folder.start(*command)
     wait_until(lambda: bool(folder.rows) or process.poll() is not None, timeout=300)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, err = process.communicate(timeout=300)
     assert process.returncode == 80, err
     summary = json.loads(out)

@@ -73,6 +73,10 @@ DAMAGE = {
 }
 
 
+@pytest.mark.fault(17)
+@pytest.mark.fault(18)
+@pytest.mark.fault(19)
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 def test_damage_to_any_file_is_noticed_and_the_one_before_is_taken(run: RunDirectory, name: str, damage: str) -> None:
@@ -102,6 +106,7 @@ def test_a_checkpoint_under_another_step_s_name_is_refused(run: RunDirectory) ->
     assert "step 5" in str(verify(run.checkpoints / "checkpoint-50"))
 
 
+@pytest.mark.fault(21)
 def test_no_checkpoint_is_none_and_only_bad_ones_are_an_error(run: RunDirectory) -> None:
     assert checkpoints.newest_usable(run) is None
     for step in (5, 10):
@@ -111,6 +116,7 @@ def test_no_checkpoint_is_none_and_only_bad_ones_are_an_error(run: RunDirectory)
     assert error.value.exit_code == 84
 
 
+@pytest.mark.fault(30)
 def test_the_newest_is_the_highest_step_whatever_the_clock_said(run: RunDirectory) -> None:
     for step in (9, 10, 100):
         os.utime(save(run, step), (10**9 - step * 1000, 10**9 - step * 1000))
@@ -118,6 +124,7 @@ def test_the_newest_is_the_highest_step_whatever_the_clock_said(run: RunDirector
     assert prune(run, 1) == ["checkpoint-9", "checkpoint-10"]
 
 
+@pytest.mark.fault(4)
 def test_what_is_not_a_finished_checkpoint_is_not_offered(run: RunDirectory) -> None:
     save(run, 5)
     for name in (".staging-9", ".trash-checkpoint-8", "checkpoint-7x", "quarantine-1"):
@@ -222,6 +229,8 @@ def at_risk(run: RunDirectory, program: str, moment: int) -> str:
     return done.stdout
 
 
+@pytest.mark.fault(2)
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("moment", range(1, 40))
 def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(run: RunDirectory, moment: int) -> None:
     save(run, 5)

@@ -224,6 +224,8 @@ def hangs_of(run: SmallRun) -> list[dict[str, Any]]:
     return [event for event in run.events if event["kind"] == "hang"]
 
 
+@pytest.mark.fault(9)
+@pytest.mark.fault(10)
 @pytest.mark.parametrize(("do", "answer"), [("sleep", "stacks-0.txt"), ("stop_itself", STOPPED)])
 def test_a_worker_that_hangs_in_a_step_is_ended_and_the_run_goes_on(
     new_run: NewRun, undisturbed: str, do: str, answer: str
@@ -247,6 +249,7 @@ def test_a_worker_that_hangs_in_a_step_is_ended_and_the_run_goes_on(
     assert seconds > hang["silent_s"]
 
 
+@pytest.mark.fault(10)
 def test_a_save_that_takes_longer_than_a_step_may_is_no_hang(new_run: NewRun) -> None:
     run = new_run(save_s=2.0, steps=10)
     assert run.train("step_timeout=1").code == 0
@@ -280,6 +283,7 @@ def test_a_stop_that_meets_a_hang_ends(new_run: NewRun) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault(9)
 def test_one_of_two_ranks_stopped_is_named_and_both_are_ended(new_run: NewRun) -> None:
     """Through the real torchrun."""
     run = new_run(step_s=0.1, steps=60, faults=[{"attempt": 1, "step": 8, "rank": 1, "do": "stop_itself"}])

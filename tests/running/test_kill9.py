@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mpt.reporting.summary import read_rows
+from mpt.running.heartbeat import read_beat
 from tests.cli.real_runs import RECIPE, Folder
 from tests.running.small_runs import is_alive, wait_until
 
@@ -27,8 +28,8 @@ CHANGES: dict[str, Any] = {
 }
 
 
-def write(folder: Folder) -> None:
-    folder.write(**{key: value for key, value in RECIPE.items() if key != "sample"} | CHANGES, sample=None)
+def write(folder: Folder, **changes: Any) -> None:
+    folder.write(**{key: value for key, value in RECIPE.items() if key != "sample"} | CHANGES | changes, sample=None)
     text = folder.path.joinpath("reference.txt").read_text(encoding="utf-8")
     folder.path.joinpath("short.txt").write_text(text[:1900], encoding="utf-8")
 
@@ -83,6 +84,7 @@ def check_equal(folder: Folder, undisturbed: Folder) -> None:
     assert [first] == undisturbed.listed("finished", "train_loss")
 
 
+@pytest.mark.fault(1)
 def test_a_killed_worker_changes_nothing_about_the_result(folder: Folder, undisturbed: Folder) -> None:
     process = folder.start("tiny.yaml")
     for attempt, step in enumerate(moments(), 1):
@@ -99,6 +101,7 @@ def await_restart(folder: Folder, attempt: int, process: "subprocess.Popen[str]"
     wait_until(lambda: len(folder.listed("attempt_started", "attempt")) > attempt or process.poll() is not None)
 
 
+@pytest.mark.fault(3)
 def test_a_killed_supervisor_takes_its_worker_along_and_changes_nothing_about_the_result(
     folder: Folder, undisturbed: Folder
 ) -> None:
@@ -114,3 +117,37 @@ def test_a_killed_supervisor_takes_its_worker_along_and_changes_nothing_about_th
     assert len(folder.listed("attempt_started", "attempt")) == 3
     assert folder.listed("run_finished", "exit_code") == [0]
     check_equal(folder, undisturbed)
+
+
+@pytest.mark.fault(5)
+def test_a_stop_in_a_step_changes_nothing_about_the_result(folder: Folder, undisturbed: Folder) -> None:
+    process = folder.start("tiny.yaml")
+    wait_for_step(folder, 6, 1, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 80, err
+    done = folder.train("tiny.yaml")
+    assert done.returncode == 0, done.stderr
+    assert folder.listed("attempt_started", "resume_from") == [None, *folder.listed("stopped", "checkpoint")]
+    check_equal(folder, undisturbed)
+
+
+@pytest.mark.fault(11)
+def test_one_of_two_ranks_killed_ends_the_other_and_changes_nothing_about_the_result(tmp_path: Path) -> None:
+    """Over gloo, where the other rank waits for it in a collective."""
+    folders = [Folder(tmp_path / name) for name in ("killed", "undisturbed")]
+    for folder in folders:
+        write(folder, distributed={"processes_per_node": 2}, gradient_accumulation_steps=1)
+    killed, undisturbed = folders
+    assert undisturbed.train("tiny.yaml").returncode == 0
+    process = killed.start("tiny.yaml")
+    wait_for_step(killed, 7, 1, process)
+    pids = [beat.pid for rank in (0, 1) if (beat := read_beat(killed.run.attempt(1).heartbeat(rank))) is not None]
+    os.kill(pids[1], signal.SIGKILL)
+    await_restart(killed, 1, process)
+    assert not any(map(is_alive, pids))
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 0, err
+    assert killed.listed("attempt_ended", "reason")[0].startswith("rank 1 was killed (SIGKILL)")
+    assert killed.listed("attempt_started", "resume_from") == [None, "checkpoint-5"]
+    check_equal(killed, undisturbed)

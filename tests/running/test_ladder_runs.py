@@ -40,6 +40,7 @@ def test_a_run_goes_back_and_lowers_its_rate_until_the_numbers_stay_good(new_run
     assert "learning_rate 5e-05 -> 2.5e-05" in ended.err
 
 
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
     ("margin", "promotes", "begins_with"),
     [(1, True, "checkpoint-5"), (1, False, "checkpoint-10"), (8, True, "checkpoint-5"), (12, False, "checkpoint-10")],

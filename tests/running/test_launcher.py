@@ -29,6 +29,7 @@ def test_one_process_is_the_worker_itself() -> None:
     assert command.argv == (sys.executable, "-m", "mpt.training.worker", "runs/small", "3")
 
 
+@pytest.mark.fault(11)
 def test_several_processes_are_torchrun_without_restarts_on_a_port_of_its_own() -> None:
     first, second = (build_command(small_plan(processes=2), RUN, 1, {}).argv for _ in range(2))
     text = shlex.join(first)
@@ -147,6 +148,7 @@ def test_torchrun_s_report_names_the_ranks_that_failed_the_first_one_first(
 
 
 @pytest.mark.slow
+@pytest.mark.fault(11)
 def test_two_processes_start_though_the_usual_ports_are_taken(new_run: Callable[..., SmallRun]) -> None:
     run = new_run(steps=5)
     run.environment = {"MASTER_PORT": "29500", "MASTER_ADDR": "127.0.0.1", "RANK": "7", "WORLD_SIZE": "9"}

@@ -53,6 +53,8 @@ def test_the_lock_says_who_and_since_when_and_in_which_boot(tmp_path: Path) -> N
     assert owner["boot_id"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
+@pytest.mark.fault(3)
+@pytest.mark.fault(31)
 def test_the_lock_of_a_killed_owner_is_taken_over_though_its_child_lives(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     owner = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
@@ -70,12 +72,32 @@ def test_the_lock_of_a_killed_owner_is_taken_over_though_its_child_lives(tmp_pat
         owner.stdout.close()
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}', '{"pid": 1, "host": "other", "since": "x"}' + " " * 500])
 def test_what_a_dead_owner_left_in_the_file_is_replaced(tmp_path: Path, text: str) -> None:
     path = tmp_path / "lock"
     path.write_text(text)
     with locked(path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+@pytest.mark.fault(31)
+@pytest.mark.parametrize("boot_id", ["this", "another"])
+def test_a_number_that_another_process_has_by_now_does_not_keep_the_lock(tmp_path: Path, boot_id: str) -> None:
+    """The dead owner's pid was given out again, in this boot or after another one."""
+    path = tmp_path / "lock"
+    with locked(path):
+        owner = json.loads(path.read_text())
+    stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        left = owner | {"pid": stranger.pid} | ({} if boot_id == "this" else {"boot_id": "another"})
+        path.write_text(json.dumps(left))
+        assert owner_of(path) is None
+        with locked(path):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+    finally:
+        stranger.kill()
+        stranger.wait()
 
 
 def test_a_lock_that_can_not_be_written_is_a_storage_error(tmp_path: Path) -> None:

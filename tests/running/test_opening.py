@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from mpt.planning.plan import Plan
 from mpt.running.journal import Journal
 from mpt.running.manifest import read_manifest, write_manifest
 from mpt.running.opening import locate, opened
+from mpt.running.retention import prune
 from tests.running.small_runs import SmallRun, small_plan
 
 NewRun = Callable[..., SmallRun]
@@ -237,3 +239,22 @@ def test_a_checkpoint_that_another_engine_or_world_can_not_load_is_refused_thoug
     assert "--accept-changes does not help" in refusal
     assert "Go on with zero2 and 2 processes" in refusal
     assert run.events == events
+
+
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("years", [-30, 30])
+def test_a_clock_that_was_set_otherwise_changes_nothing(new_run: NewRun, years: int) -> None:
+    """Every time that the run has written is another one, and every file's: it goes on from the same step."""
+    run = stopped_at_13(new_run)
+    records = [event | {"time": f"{2026 + years}{event['time'][4:]}"} for event in run.events]
+    run.directory.journal.write_text("".join(json.dumps(record) + "\n" for record in records))
+    chance = random.Random(years)
+    for path in sorted(run.directory.path.rglob("*")):
+        moment = 1e9 + years * 3e7 + chance.uniform(0, 1e6)
+        os.utime(path, (moment, moment))
+    assert prune(run.directory, 1) == ["checkpoint-5"]
+    assert run.train().code == 0
+    assert run.kinds("attempt_started", "resume_from")[-1] == "checkpoint-10"
+    straight = new_run()
+    straight.train()
+    assert run.state == straight.state

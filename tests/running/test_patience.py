@@ -77,6 +77,7 @@ def test_a_worker_that_does_not_leave_after_its_last_word_is_ended(
     assert (ended["returncode"], ended["verdict"]) == (-signal.SIGKILL, "finished")
 
 
+@pytest.mark.fault(7)
 def test_a_worker_that_does_not_stop_in_time_is_ended_and_the_reason_is_given(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

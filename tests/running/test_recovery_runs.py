@@ -26,6 +26,7 @@ def micro_batches(run: SmallRun) -> list[tuple[int, int]]:
 # --- memory
 
 
+@pytest.mark.fault(29)
 def test_too_little_memory_halves_the_micro_batch_until_it_fits(new_run: NewRun) -> None:
     run = new_run(faults=NEEDS_MEMORY)
     ended = run.train("micro_batch_size=8", "max_attempts_without_progress=1")
@@ -92,6 +93,7 @@ def test_too_little_memory_at_the_last_is_86(new_run: NewRun, changes: list[str]
 # --- progress
 
 
+@pytest.mark.fault(13)
 def test_three_attempts_that_come_no_further_end_the_run_whatever_the_budget(new_run: NewRun) -> None:
     run = new_run(faults=[{"step": 7, "do": "raise"}])
     ended = run.train("max_restarts=100", "backoff=0")
@@ -119,6 +121,7 @@ def test_the_time_from_a_fault_to_the_next_step_is_journalled_and_shown(new_run:
 
 
 @pytest.mark.slow
+@pytest.mark.fault(12)
 @pytest.mark.parametrize(
     ("do", "reason"), [("exit", "rank 1 died without a last word (exit status 17)"), ("raise", "ValueError: odd")]
 )

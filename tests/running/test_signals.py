@@ -19,6 +19,7 @@ def training(run: SmallRun, *changes: str) -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.fault(5)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_the_first_signal_saves_and_the_same_command_goes_on(
     new_run: NewRun, number: signal.Signals, undisturbed: str
@@ -46,6 +47,7 @@ def test_a_signal_that_comes_twice_at_once_is_one_wish(new_run: NewRun) -> None:
     assert wait(process).code == 80
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_second_signal_ends_at_once_and_keeps_the_last_checkpoint(
     new_run: NewRun, number: signal.Signals, code: int
@@ -92,6 +94,7 @@ def test_before_the_first_step_of_a_resumed_run_nothing_is_lost(new_run: NewRun)
     assert (ended.code, ended.summary["outcome"]) == (80, "stopped")
 
 
+@pytest.mark.fault(6)
 def test_a_signal_during_a_save_lets_the_commit_finish(new_run: NewRun) -> None:
     run = new_run(save_s=1.0)
     process = run.start()

@@ -53,6 +53,7 @@ def test_a_full_disk_is_refused_before_anything_starts(small_disk: Path) -> None
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
+@pytest.mark.fault(16)
 def test_a_disk_that_is_read_only_is_refused(read_only: Path) -> None:
     ended = SmallRun(read_only / "runs").train()
     assert ended.code == 83
@@ -60,6 +61,7 @@ def test_a_disk_that_is_read_only_is_refused(read_only: Path) -> None:
     assert list(read_only.iterdir()) == []
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("place", ["runs", "runs/small"])
 def test_a_file_in_the_place_of_a_folder_is_refused_and_stays(new_run: NewRun, place: str) -> None:
     run = new_run()

@@ -28,6 +28,7 @@ def test_a_run_leaves_everything_in_its_directory(new_run: NewRun) -> None:
     assert run.kinds("attempt_ended", "verdict") == ["finished"]
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize(
     ("do", "step"), [*(("kill", step) for step in (0, 1, 5, 6, 13, 20)), ("exit", 6), ("raise", 6), ("exit", 0)]
 )
@@ -58,6 +59,7 @@ def test_a_crash_in_every_attempt_spends_the_budget(new_run: NewRun) -> None:
     assert run.train("max_restarts=2").code == 0  # the same command goes on
 
 
+@pytest.mark.fault(14)
 def test_a_crash_before_the_first_checkpoint_begins_again_within_the_budget(new_run: NewRun) -> None:
     run = new_run(faults=[{"attempt": n, "step": 2, "do": "kill"} for n in range(1, 9)])
     assert run.train("max_restarts=1").code == 82
@@ -90,6 +92,7 @@ def test_a_worker_that_does_not_leave_after_its_last_word_is_ended(
     assert wait(process).code == 0
 
 
+@pytest.mark.fault(3)
 def test_the_supervisor_killed_at_any_moment_takes_its_workers_along_and_the_run_goes_on(
     new_run: NewRun, undisturbed: str
 ) -> None:
@@ -113,6 +116,7 @@ def test_a_child_that_outlives_its_worker_is_ended_too(new_run: NewRun, undistur
     assert run.state == undisturbed
 
 
+@pytest.mark.fault(31)
 def test_a_second_supervisor_is_refused_and_does_not_disturb(new_run: NewRun, undisturbed: str) -> None:
     run = new_run(step_s=0.1)
     first = run.start()
@@ -124,6 +128,8 @@ def test_a_second_supervisor_is_refused_and_does_not_disturb(new_run: NewRun, un
     assert run.state == undisturbed
 
 
+@pytest.mark.fault(17)
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("target", ["state", "manifest.json"])
 def test_a_damaged_checkpoint_is_passed_over_and_put_away(new_run: NewRun, undisturbed: str, target: str) -> None:
     run = new_run(faults=[{"attempt": 1, "step": 13, "do": "2"}])
@@ -139,6 +145,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_put_away(new_run: NewRun, undis
     assert run.state == undisturbed
 
 
+@pytest.mark.fault(21)
 def test_when_no_checkpoint_is_usable_the_run_does_not_begin_anew_by_itself(new_run: NewRun, undisturbed: str) -> None:
     run = new_run(faults=[{"attempt": 1, "step": 13, "do": "2"}])
     run.train()
@@ -154,6 +161,7 @@ def test_when_no_checkpoint_is_usable_the_run_does_not_begin_anew_by_itself(new_
     assert (run.runs_dir / "small.old-1" / "journal.jsonl").exists()
 
 
+@pytest.mark.fault(21)
 def test_checkpoints_that_go_bad_while_the_run_goes_on_end_it_with_84(new_run: NewRun) -> None:
     run = new_run(step_s=0.05, faults=[{"attempt": 1, "step": 20, "do": "kill"}])
     process = run.start()
@@ -175,6 +183,7 @@ def test_a_finished_run_is_left_alone(new_run: NewRun) -> None:
     assert run.directory.journal.read_bytes() == journal
 
 
+@pytest.mark.fault(32)
 def test_other_values_are_refused_with_the_differences_listed(new_run: NewRun) -> None:
     run = new_run()
     run.train()
@@ -188,6 +197,7 @@ def test_other_values_are_refused_with_the_differences_listed(new_run: NewRun) -
     assert after | {lock: b""} == before | {lock: b""}
 
 
+@pytest.mark.fault(32)
 def test_accepted_changes_are_journalled_and_the_run_goes_on_under_them(new_run: NewRun) -> None:
     run = new_run()
     run.train()
@@ -242,6 +252,7 @@ def test_a_run_directory_can_be_moved_and_goes_on(new_run: NewRun, undisturbed: 
     assert moved.state == undisturbed
 
 
+@pytest.mark.fault(3)
 def test_a_torn_journal_and_torn_metrics_are_gone_on_with(new_run: NewRun, undisturbed: str) -> None:
     run = new_run(faults=[{"attempt": 1, "step": 13, "do": "2"}])
     run.train()
@@ -264,6 +275,7 @@ def test_the_supervisor_stays_small(new_run: NewRun) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.fault(11)
 def test_one_of_two_ranks_killed_ends_both_and_the_run_goes_on(new_run: NewRun, undisturbed: str) -> None:
     """Through the real torchrun."""
     run = new_run(step_s=0.1, faults=[{"attempt": 1, "step": 8, "rank": 1, "do": "kill"}])
@@ -278,6 +290,7 @@ def test_one_of_two_ranks_killed_ends_both_and_the_run_goes_on(new_run: NewRun, 
 
 
 @pytest.mark.slow
+@pytest.mark.fault(3)
 def test_torchrun_s_workers_die_with_the_supervisor(new_run: NewRun) -> None:
     run = new_run(step_s=0.5)
     process = run.start("processes=2")

@@ -10,7 +10,12 @@
 - `{"file_limit": BYTES, "at": {"3": 2}, "on_rank": 1}`: no file that this rank writes may be larger (EFBIG) in the
   first two tries to save step 3; `{"file_limit": BYTES, "in_background": [4]}`: none that a thread writes for step 4
   (`"tries": 1`: at its first try);
-  `{"dies_in_background": 8}`: the process is killed when all of step 8 is written and nothing committed.
+  `{"dies_in_background": 8}`: the process is killed when all of step 8 is written and nothing committed;
+- `{"no_memory_above": 2}`: a micro batch of more samples does not fit; `{"loader_sleeps_at": 3}`: the data of step 3 do
+  not come; `{"evaluation_takes": SECONDS}`: an evaluation says nothing for so long;
+- `{"loss_raised": {"by": 5.0, "at": [[20, 25]]}}`: it is so much higher from step to step, with the same gradients.
+
+`"in_attempts": [1, 2]` keeps a fault to those; a list of faults is all of them.
 """
 
 import json
@@ -28,8 +33,16 @@ import numpy as np
 import torch
 
 
-def install(fault: dict[str, Any]) -> None:
-    """Put the fault into transformers' Trainer, below ours."""
+def install(fault: dict[str, Any] | list[dict[str, Any]], attempt: int) -> None:
+    """Put the fault into transformers' Trainer, below ours, if it is one of this attempt's."""
+    if isinstance(fault, list):
+        for one in fault:
+            install(one, attempt)
+    elif attempt in fault.get("in_attempts", [attempt]):
+        install_one(fault)
+
+
+def install_one(fault: dict[str, Any]) -> None:
     import transformers
 
     base, struck = transformers.Trainer, [0]
@@ -42,6 +55,11 @@ def install(fault: dict[str, Any]) -> None:
         loss = compute_loss(self, *arguments, **keywords)
         if not self.model.training:
             return loss
+        if len(arguments[1]["input_ids"]) > fault.get("no_memory_above", math.inf):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        raised = fault.get("loss_raised", {"at": ()})
+        if any(first <= number(self) <= last for first, last in raised["at"]):
+            return loss + raised["by"]
         if number(self) in fault.get("nan_loss_at", ()):
             return loss * math.nan
         if "poisoned_at" in fault and is_poisoned(self, fault):
@@ -66,6 +84,23 @@ def install(fault: dict[str, Any]) -> None:
         from mpt.training.tasks import causal_lm
 
         causal_lm.build_collator = lambda plan, tokenizer: draw_tokens  # type: ignore[assignment]
+    if "loader_sleeps_at" in fault:
+        get_batch_samples = base.get_batch_samples
+
+        def late_samples(self: Any, *arguments: Any, **keywords: Any) -> Any:
+            if number(self) == fault["loader_sleeps_at"]:
+                time.sleep(600)
+            return get_batch_samples(self, *arguments, **keywords)
+
+        base.get_batch_samples = late_samples
+    if "evaluation_takes" in fault:
+        evaluation_loop = base.evaluation_loop
+
+        def late_evaluation(self: Any, *arguments: Any, **keywords: Any) -> Any:
+            time.sleep(fault["evaluation_takes"])
+            return evaluation_loop(self, *arguments, **keywords)
+
+        base.evaluation_loop = late_evaluation
     if "waits_at" in fault:
         training_step = base.training_step
 
@@ -167,7 +202,7 @@ def main(arguments: list[str]) -> int:
     from mpt.training import worker
 
     worker.quiet_libraries()
-    install(json.loads(arguments[0]))
+    install(json.loads(arguments[0]), attempt=int(arguments[2]))
     return worker.main(arguments[1:])
 
 

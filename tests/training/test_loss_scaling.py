@@ -491,6 +491,7 @@ def test_summary_and_report_say_how_the_loss_scale_fared(
 
 
 @pytest.mark.slow
+@pytest.mark.fault(27)
 def test_an_overflow_at_the_floor_ends_a_run_and_its_resumption_at_the_same_step(new_run: MakeRun) -> None:
     """Step 1 uses up the hysteresis, step 2 halves to the floor, and step 3 has no room: also after a kill at step 2,
     which a scaler with all of its hysteresis back would outlive."""

@@ -60,6 +60,7 @@ def two_ranks(strategy: str, fault: dict[str, Any], new_run: MakeRun) -> Run:
     return run
 
 
+@pytest.mark.fault(15)
 def test_the_training_goes_on_while_a_disk_is_full_and_saves_again_when_it_is_not(
     small_disk: Path, fp32_run: Run
 ) -> None:
@@ -80,6 +81,7 @@ def test_the_training_goes_on_while_a_disk_is_full_and_saves_again_when_it_is_no
     assert run.trajectory == fp32_run.trajectory
 
 
+@pytest.mark.fault(15)
 def test_the_third_failed_save_in_a_row_ends_the_run_and_the_older_checkpoint_is_whole(small_disk: Path) -> None:
     run = run_on(small_disk, 1)
     assert run.train() == 83, run.log()
@@ -91,6 +93,7 @@ def test_the_third_failed_save_in_a_row_ends_the_run_and_the_older_checkpoint_is
     assert max(run.steps) == 4
 
 
+@pytest.mark.fault(15)
 @pytest.mark.parametrize(
     ("strategy", "limit"),
     [

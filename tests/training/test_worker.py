@@ -85,6 +85,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(new_run: MakeRun, fp32_run
     assert run.steps[8]["loss"] != fp32_run.steps[8]["loss"]
 
 
+@pytest.mark.fault(26)
 def test_fp16_is_really_fp16_and_its_loss_scale_skips_steps_until_it_fits(fp16_run: Run, fp32_run: Run) -> None:
     found = fp16_run.audit()
     assert (found["matrix multiplications"], found["autocast_dtype"]) == ({"fp16": 15}, "fp16")
@@ -163,6 +164,22 @@ def test_a_run_that_was_killed_and_resumed_is_bit_for_bit_the_run_that_was_not(
     assert (first["train_loss"], first["eval_loss"]) == (second["train_loss"], second["eval_loss"])
 
 
+def test_a_run_goes_on_bit_for_bit_before_the_short_last_step_of_an_epoch(
+    new_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has fewer samples than the plan says."""
+    text = "\n\n".join(topics[name] for name in sorted(topics))[:40_000]
+    tmp_path.joinpath("short.txt").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    changes = RESUMES["at the end of an epoch, evaluated"]
+    whole = new_run(**changes | {"training": changes["training"] | {"save_steps": 3}})
+    assert whole.train() == 0, whole.log()
+    assert whole.steps[4]["tokens"] < whole.steps[3]["tokens"]
+    resumed = continue_from(whole, "checkpoint-3", new_run)
+    assert resumed.trajectory == whole.trajectory
+    assert equal(resumed.weights(), whole.weights())
+
+
 def test_a_changed_learning_rate_holds_over_that_of_the_checkpoint(fp32_run: Run, new_run: MakeRun) -> None:
     resumed = new_run(training={"learning_rate": 1e-3})
     shutil.copytree(fp32_run.directory.checkpoints / "checkpoint-4", resumed.directory.checkpoints / "checkpoint-4")
@@ -215,6 +232,7 @@ def test_a_loss_that_stays_not_finite_ends_the_run_before_it_reaches_the_weights
     assert not run.directory.final.exists()
 
 
+@pytest.mark.fault(25)
 def test_weights_that_are_poisoned_already_are_named_before_the_first_step(
     fp32_run: Run, new_run: MakeRun, tmp_path: Path
 ) -> None:
@@ -232,13 +250,31 @@ def test_weights_that_are_poisoned_already_are_named_before_the_first_step(
     assert list(run.directory.checkpoints.iterdir()) == []
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 120) -> None:
+@pytest.mark.fault(25)
+def test_a_checkpoint_that_is_poisoned_already_is_what_the_run_goes_back_from(fp32_run: Run, new_run: MakeRun) -> None:
+    """Its step is the onset, so that an older checkpoint is taken and not the beginning."""
+    run = new_run()
+    for name in ("checkpoint-4", "checkpoint-8"):
+        shutil.copytree(fp32_run.directory.checkpoints / name, run.directory.checkpoints / name)
+    shutil.copytree(fp32_run.path / "tokenizer", run.path / "tokenizer")
+    weights = run.directory.checkpoints / "checkpoint-8" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")
+    assert run.train(2, "checkpoint-8") == 81, run.log(2)
+    word = run.last_word(2)
+    assert (word["code"], word["step"], word["onset"]) == ("N4", 8, 8)
+    target = checkpoints.roll_back_target(run.directory, word["onset"], margin=0)
+    assert target is not None
+    assert target.path.name == "checkpoint-4"
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 120, pause: float = 0.05) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
+@pytest.mark.fault(5)
 def test_sigterm_saves_at_the_next_step_and_the_run_goes_on_as_if_it_had_not_been(new_run: MakeRun) -> None:
     whole = new_run(training={"max_steps": 150, "save_steps": 1000})
     whole.is_fresh = True
@@ -257,6 +293,24 @@ def test_sigterm_saves_at_the_next_step_and_the_run_goes_on_as_if_it_had_not_bee
     whole.is_fresh = False
     assert whole.train(2, word["checkpoint"]) == 0, whole.log(2)
     assert sorted(whole.steps) == list(range(1, 151))
+
+
+@pytest.mark.fault(6)
+@pytest.mark.parametrize("phase", ["saving", "evaluating"])
+def test_sigterm_in_a_save_or_an_evaluation_lets_it_finish_and_stops_at_the_next_step(
+    phase: str, new_run: MakeRun
+) -> None:
+    run = new_run(training={"save_steps": 3, "eval_strategy": "steps", "eval_steps": 3})
+    run.prepare()
+    process = run.start()
+    beat = run.directory.attempt(1).heartbeat(0)
+    wait_for(lambda: getattr(read_beat(beat), "phase", None) == phase or process.poll() is not None, pause=0.001)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 80, run.log()
+    assert run.last_word()["step"] == 4
+    assert run.texts("checkpoint_saved", "name") == ["checkpoint-3", "checkpoint-4"]
+    assert all(checkpoints.verify(path) is None for _, path in checkpoints.list_checkpoints(run.directory))
+    assert run.texts("evaluated", "step") == [3]
 
 
 @pytest.mark.parametrize(

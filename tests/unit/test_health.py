@@ -470,6 +470,7 @@ def test_after_an_event_the_window_starts_anew() -> None:
 # --- no update, and dead models
 
 
+@pytest.mark.fault(27)
 def test_fifty_steps_without_an_update_end_the_attempt() -> None:
     made = run()
     made.quiet(10)
