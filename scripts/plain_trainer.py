@@ -1,20 +1,27 @@
-"""The reference of `scripts/bench_overhead`: a training script without mpt, as one would write it for the same run.
+"""The reference of `scripts/bench_overhead` and `bench_health`: a script for that run as one would write it by itself.
 
-Same model, tokenizer, data, schedule and precision as the quickstart recipe; nothing is watched, audited or saved.
+Same model, tokenizer, data, schedule and precision as the quickstart recipe; nothing is watched or audited. With
+`--save-steps` it saves, goes on from its last checkpoint, and writes a line for each step.
 """
 
 import argparse
+import json
+import os
 import pydoc_data.topics
+from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, required=True)
 parser.add_argument("--precision", choices=["fp32", "bf16"], required=True)
 parser.add_argument("--batch", type=int, required=True)
 parser.add_argument("--output", required=True)
+parser.add_argument("--save-steps", type=int)
 options = parser.parse_args()
 
 documents = list(pydoc_data.topics.topics.values())
@@ -48,9 +55,25 @@ trainer = Trainer(
         bf16=options.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         logging_steps=10,
-        save_strategy="no",
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or 500,
+        save_total_limit=2,
         disable_tqdm=True,
     ),
     train_dataset=[{"input_ids": torch.tensor(block), "labels": torch.tensor(block)} for block in blocks],
 )
-trainer.train()
+if options.save_steps:
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    class Told(TrainerCallback):
+        """Writes down that a step was made, and by which process."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+            with folder.joinpath("steps.jsonl").open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"step": state.global_step, "pid": os.getpid()}) + "\n")
+
+    trainer.add_callback(Told())
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(options.output))
+else:
+    trainer.train()

@@ -440,7 +440,9 @@ class HealthSection(Section):
     settle_sigmas: Annotated[Number, Field(gt=0)] = 4.0
     """Roll back where the median of the last 16 losses is still this many sigma up after that."""
     runaway_factor: Annotated[Number, Field(gt=1)] = 3.0
-    """Roll back at once where the loss is over this many times its median for 8 steps in a row."""
+    """Roll back at once where the loss is over this many times its median for 8 steps in a row; and, however slowly it
+    rose, where the median of the last 16 losses is over this many times the lowest that it was, and above where the run
+    began. A causal_lm whose loss rises from its first step on is held against ln(vocabulary)."""
     max_bad_in_a_row: PositiveInt = 3
     """Roll back at this many steps in a row whose loss or gradient is not finite; fewer are left out. A loss that is
     not finite in fp16 rolls back at once: loss scaling comes after the forward pass."""

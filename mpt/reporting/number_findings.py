@@ -12,7 +12,7 @@ from mpt.planning.plan import Plan
 from mpt.planning.repair import Repair
 from mpt.reporting.evidence import Evidence
 from mpt.reporting.finding import Finding, times
-from mpt.reporting.story import Seen, Story, is_same_place
+from mpt.reporting.story import Story, is_same_place
 from mpt.running.ladder import SAME_POSITION
 from mpt.terms import Feature, Precision
 
@@ -236,28 +236,39 @@ def left_out(evidence: Evidence, story: Story) -> Iterable[Finding]:
         if seen is not None and seen.actions.get("skip") and not seen.actions.get("roll_back"):
             yield Finding(
                 f"{code}: {times(seen.actions['skip'])} {seen.meaning}, and the update was left out",
-                f"The weights are sound. Look at the samples of {_steps(seen)}; if there are more such steps, lower "
-                "training.learning_rate.",
+                f"The weights are sound. Look at the samples of {_steps(seen.first_step, seen.last_step)}; if there "
+                "are more such steps, lower training.learning_rate.",
                 (seen.last_reason,),
             )
 
 
 def spikes(evidence: Evidence, story: Story) -> Iterable[Finding]:
-    """Clips again and again: the threshold of the usual clipping is too high, or the rate rises too fast."""
-    plan, seen = evidence.newest_plan, story.seen("N5")
-    if plan is None or seen is None or story.outcome == "diverged" or seen.count < MANY_CLIPS:
+    """Clips again and again: the threshold of the usual clipping is too high, or the rate rises too fast.
+
+    Those under a learning rate that recovery has given up are what that rate did.
+    """
+    plan = evidence.newest_plan
+    since = max((change.after_attempt for change in story.changes if change.kind == "learning_rate"), default=0)
+    clips = [
+        event
+        for event in evidence.events
+        if event["kind"] == "health" and event["code"] == "N5" and event["attempt"] > since
+    ]
+    if plan is None or story.outcome == "diverged" or len(clips) < MANY_CLIPS:
         return
-    norms = [row["grad_norm"] for row in evidence.rows if isinstance(row.get("grad_norm"), (int, float))]
+    steps = sorted(int(event["step"]) for event in clips)
+    rows = [row for row in evidence.rows if row["attempt"] > since]
+    norms = [row["grad_norm"] for row in rows if isinstance(row.get("grad_norm"), (int, float))]
     usual = statistics.median(norms) if norms else None
     limit = plan.recipe.training_keys.get("max_grad_norm", 1.0)  # transformers' default
     recipe: dict[str, Any] = {}
-    evidence_lines = [f"{times(seen.count)} at {_steps(seen)}; the last: {seen.last_reason}"]
+    evidence_lines = [f"{times(len(clips))} at {_steps(steps[0], steps[-1])}; the last: {clips[-1].get('reason', '')}"]
     if usual is not None:
         evidence_lines.append(f"the median of the gradient norm is {usual:.2g}, and training.max_grad_norm {limit:g}")
         if usual > 0 and (limit == 0 or limit > 2 * usual):
             recipe["training.max_grad_norm"] = float(f"{1.5 * usual:.2g}")
-    if plan.value("max_steps") is None or seen.first_step <= plan.value("max_steps") // 5:
-        recipe["training.warmup_steps"] = max(_longer_warm_up(plan), seen.first_step)
+    if plan.value("max_steps") is None or steps[0] <= plan.value("max_steps") // 5:
+        recipe["training.warmup_steps"] = max(_longer_warm_up(plan), steps[0])
     if not recipe:
         recipe["training.learning_rate"] = float(plan.value("learning_rate")) / 2
     yield Finding(
@@ -278,11 +289,10 @@ def loss_spikes(evidence: Evidence, story: Story) -> Iterable[Finding]:
     yield Finding(
         "N6: the loss rose far above its last values, and came back by itself",
         "One such rise needs nothing. Where there are more, warm up for longer or lower the learning rate.",
-        (f"{times(seen.count)} at {_steps(seen)}; the last: {seen.last_reason}",),
+        (f"{times(seen.count)} at {_steps(seen.first_step, seen.last_step)}; the last: {seen.last_reason}",),
         {"training.warmup_steps": _longer_warm_up(plan)} if seen.count >= MANY_CLIPS else {},
     )
 
 
-def _steps(seen: Seen) -> str:
-    one = seen.first_step == seen.last_step
-    return f"step {seen.first_step}" if one else f"steps {seen.first_step} to {seen.last_step}"
+def _steps(first: int, last: int) -> str:
+    return f"step {first}" if first == last else f"steps {first} to {last}"

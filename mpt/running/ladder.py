@@ -132,7 +132,7 @@ def _lower_learning_rate(
 ) -> Rung | None:
     if sum(repair.kind == "learning_rate" for repair in repairs) >= MAX_LOWERINGS:
         return None
-    rate = float(plan.value("learning_rate")) * policy.learning_rate_factor
+    rate = float(f"{float(plan.value('learning_rate')) * policy.learning_rate_factor:.6g}")  # a number for a recipe
     reason = f"{word['code']} at step {word['onset']} again: the learning rate is lowered to {rate:g}"
     return Rung(Repair("learning_rate", {"learning_rate": rate, "warmup_steps": policy.rewarm_steps}), reason)
 

@@ -6,6 +6,7 @@ missing; the manifest's sizes and hashes tell. It carries a digest of its own co
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,18 @@ CHUNK = 1 << 20
 
 
 def write_manifest(folder: Path, *, step: int, world_size: int, lineage: int, health: Mapping[str, Any]) -> None:
-    """Hash every file of a folder, make them durable, and write its manifest. Raises OSError or StorageError."""
+    """Hash every file of a folder, make them durable, and write its manifest. Raises OSError or StorageError.
+
+    The disk writes while the files are hashed, which are in memory still; hashing releases the interpreter's lock.
+    """
     files = {}
-    for path in _files(folder):
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "xxh3_128": hash_file(path)}
-        make_durable(path)
+    paths = list(_files(folder))
+    with ThreadPoolExecutor(max_workers=1) as disk:
+        durable = [disk.submit(make_durable, path) for path in paths]
+        for path in paths:
+            files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "xxh3_128": hash_file(path)}
+        for one in durable:
+            one.result()
     manifest = {
         "version": VERSION,
         "step": step,

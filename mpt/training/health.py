@@ -2,8 +2,8 @@
 
 Pure: plain floats in, a verdict out; no torch, no clock, no file. Every rank calls it with the same numbers and comes
 to the same verdict, so it needs no communication. The rules stand in `mpt.training.lost_updates` (N0 to N3, N7),
-`spikes` (N5, N6) and `dead_model`; this module knows their order. What is not finite is judged first and enters no
-statistic.
+`spikes` (N5, N6), `drift` (N6) and `dead_model`; this module knows their order. What is not finite is judged first and
+enters no statistic.
 
     verdict = monitor.before_update(...)    after the last backward pass, before the optimizer step
     ...                                     apply, clip and apply, leave out, or end the attempt
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mpt.training.dead_model import DeadModel
+from mpt.training.drift import LossDrift
 from mpt.training.lost_updates import LOWEST_SCALE, Idle, NonFinite, Overflows
 from mpt.training.spikes import GradientSpikes, LossSpikes
 from mpt.training.verdict import FINE, Action, Code, Verdict
@@ -100,6 +101,7 @@ class HealthMonitor:
             settle_sigmas=bounds.settle_sigmas,
             runaway_factor=bounds.runaway_factor,
         )
+        self._drift = LossDrift(factor=bounds.runaway_factor, vocabulary=vocabulary)
         self._step: _Step | None = None
         self._is_clean = True
         self._healthy_steps = 0
@@ -171,6 +173,7 @@ class HealthMonitor:
             "dead": self._dead.state(),
             "norms": self._norms.state(),
             "losses": self._losses.state(),
+            "drift": self._drift.state(),
             "is_clean": self._is_clean,
             "healthy_steps": self._healthy_steps,
         }
@@ -183,6 +186,8 @@ class HealthMonitor:
         self._dead.restore(state["dead"])
         self._norms.restore(state["norms"])
         self._losses.restore(state["losses"])
+        if "drift" in state:  # a checkpoint of an earlier mpt has none
+            self._drift.restore(state["drift"])
         self._is_clean = state["is_clean"]
         self._healthy_steps = state["healthy_steps"]
 
@@ -192,7 +197,7 @@ class HealthMonitor:
                 reason = f"loss is {now.loss} in the forward pass, and the loss scale comes after it"
                 return Verdict(Action.ROLL_BACK, Code.N2, "loss", now.loss, reason, now.number)
             return self._non_finite.note(now.number, Code.N2, "loss", now.loss, f"loss is {now.loss}")
-        high_loss = self._losses.judge(now.number, now.loss) if self._judges_spikes else None
+        high_loss = self._judge_loss(now.number, now.loss) if self._judges_spikes else None
         if high_loss is not None and high_loss.action is Action.ROLL_BACK:
             return high_loss
         if now.grad_norm is not None and is_lost(now.grad_norm):
@@ -233,6 +238,11 @@ class HealthMonitor:
         reason = f"a gradient is not finite at a loss scale{scale}: the update is left out"
         return Verdict(Action.SKIP, Code.N0, "grad_norm", norm, reason, now.number)
 
+    def _judge_loss(self, step: int, loss: float) -> Verdict | None:
+        """Judge a finite loss by its last values; while no event waits for its own judgement, by its best level too."""
+        high, drifted = self._losses.judge(step, loss), self._drift.judge(step, loss)
+        return high if self._losses.is_open or high is not None else drifted
+
     def _judge_norm(self, step: int, norm: float, clipped_to: float | None = None) -> Verdict | None:
         return self._norms.judge(step, norm, clipped_to) if self._judges_spikes and norm > 0 else None
 
@@ -243,7 +253,8 @@ class HealthMonitor:
 
     def _note_clean(self, now: _Step) -> None:
         """Count an applied step without an event. A loss that is far up, or no gradient at all, is not clean yet."""
-        self._is_clean = not self._losses.was_high and now.grad_norm != 0
+        is_high = self._losses.was_high or self._drift.is_up
+        self._is_clean = not is_high and now.grad_norm != 0
         self._healthy_steps = self._healthy_steps + 1 if self.is_healthy else 0
 
 

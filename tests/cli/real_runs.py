@@ -53,6 +53,11 @@ class Folder:
         return [event.get(key) for event in self.events if event["kind"] == kind]
 
     @property
+    def plans(self) -> list[dict[str, Any]]:
+        """The plans of the attempts so far."""
+        return [json.loads(self.run.attempt(number).plan.read_text()) for number in self.run.attempt_numbers()]
+
+    @property
     def rows(self) -> list[dict[str, Any]]:
         """Every whole line of the metrics so far."""
         if not self.run.metrics.exists():

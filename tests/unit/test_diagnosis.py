@@ -213,6 +213,20 @@ def test_spikes_that_were_clipped_again_and_again(
     assert (advised(told) if told.findings else None) == recipe
 
 
+@pytest.mark.parametrize(("clips_after", "is_found"), [(2, False), (3, True)])
+def test_clips_under_a_learning_rate_that_was_given_up_are_what_that_rate_did(clips_after: int, is_found: bool) -> None:
+    plan = plan_of()
+    lowered = Repair("learning_rate", {"learning_rate": 1e-4, "warmup_steps": 100})
+    change = event("plan_changed", changes=[], repair=lowered.to_json(), reason="N6 at step 20 again")
+    events = [*started(), *(health(10 + n, "N5", "clip") for n in range(8)), *bad(20, "N6"), change]
+    events += [*started(2), *(health(40 + n, "N5", "clip", 2) for n in range(clips_after)), *finished(2)]
+    made = rows(1, 20, grad_norm=5e3) + rows(1, 99, 2, grad_norm=0.2)
+    told = diagnosis(events, plans={1: plan, 2: apply(plan, [lowered])}, rows=made)
+    assert ("N5: the gradient norm spiked again and again, and was clipped" in to_text(told)) == is_found
+    assert advised(told).get("training.max_grad_norm") == (0.3 if is_found else None)
+    assert ("3 times at steps 40 to 42" in to_text(told)) == is_found
+
+
 def test_clips_by_the_dozen_with_nothing_known_of_the_norm() -> None:
     events = [*started(), *(health(50 + n, "N5", "clip") for n in range(12)), *finished()]
     told = diagnosis(events, plan_of(), rows=rows(1, 99, grad_norm=None))

@@ -608,6 +608,98 @@ def test_a_norm_that_grows_with_the_warm_up_is_followed(speed: int) -> None:
     assert made.events == []
 
 
+# --- a loss that drifts away
+
+
+def climb(made: Run, start: float, by: float, steps: int, *, noise: float = 0.03) -> Verdict | None:
+    """Make losses that grow by a share a step, too slowly for their last values to tell; give the verdict that ends it.
+
+    The gradient norm is as usual.
+    """
+    draw = random.Random(5)
+    for step in range(steps):
+        verdict = made.step(start * (1 + by) ** step * (1 + draw.gauss(0, noise)), 0.5 * math.exp(draw.gauss(0, 0.05)))
+        if verdict.action is Action.ROLL_BACK:
+            return verdict
+    return None
+
+
+def test_a_loss_that_climbs_from_the_first_step_ends_the_attempt_far_above_that_of_a_model_that_knows_nothing() -> None:
+    """The window never has a level to compare with: AdamW at 300 times the rate that a small Llama bears does that."""
+    made = run()
+    verdict = climb(made, UNIFORM, 0.05, 200)
+    assert verdict is not None and made.number < 45
+    assert (verdict.code, verdict.what) == (Code.N6, "loss")
+    assert "over 3 x 10.37, what a model that knows nothing has" in verdict.reason
+    # Where it was half again as high: 1.05 ** 8 = 1.48.
+    assert verdict.onset == pytest.approx(10, abs=2)
+
+
+def test_a_loss_that_climbs_at_once_is_seen_at_the_first_level() -> None:
+    made = run()
+    verdict = climb(made, 3 * UNIFORM, 0.2, 50)
+    assert verdict is not None and made.number == 16
+
+
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, None])
+def test_a_loss_that_had_fallen_and_climbs_back_beyond_where_it_began(vocabulary: int | None) -> None:
+    made = Run(monitor(vocabulary=vocabulary))
+    assert climb(made, 4.0, -0.01, 70, noise=0.1) is None  # to 2
+    assert climb(made, 2.0, 0.005, 300, noise=0.1) is not None
+    verdict = made.verdicts[-1]
+    assert "loss has drifted away" in verdict.reason and "the lowest that it was" in verdict.reason
+    assert 70 + 100 < (verdict.onset or 0) < made.number - 20  # 4 is where the run began, and 2 x 1.005 ** 139
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "is_seen"),
+    [(4.0, 0.02, False), (0.05, 0.01, False), (2.0, 2.0, True), (UNIFORM, 2.5, True)],
+)
+def test_three_times_the_lowest_is_no_drift_below_where_the_run_began(start: float, end: float, is_seen: bool) -> None:
+    """A loss near 0 triples without meaning anything."""
+    made = run()
+    steps = 400
+    assert climb(made, start, (end / start) ** (1 / steps) - 1, steps, noise=0.1) is None
+    top = max(start * 0.9, end * 4) if not is_seen else max(start * 1.5, end * 4)
+    verdict = climb(made, end, (top / end) ** (1 / steps) - 1, steps, noise=0.1)
+    assert (verdict is not None) == is_seen
+
+
+def test_a_model_that_begins_far_above_ln_of_the_vocabulary_may_come_down() -> None:
+    made = run()
+    assert climb(made, 30 * UNIFORM, -0.02, 250) is None
+    assert made.events == []
+
+
+def test_no_checkpoint_is_known_to_be_good_while_the_loss_is_half_again_over_its_lowest() -> None:
+    made = Run(monitor(vocabulary=None))
+    assert climb(made, 2.0, 0.0, 60, noise=0.1) is None
+    assert climb(made, 2.0, 0.004, 60, noise=0.1) is None  # to 2.5
+    assert made.monitor.healthy_steps == 120
+    assert climb(made, 2.5, 0.004, 90, noise=0.1) is None  # to 3.6
+    assert made.events == []
+    assert (made.monitor.is_healthy, made.monitor.healthy_steps) == (False, 0)
+    assert climb(made, 3.6, -0.01, 60, noise=0.1) is None  # and down again
+    assert made.monitor.is_healthy
+
+
+def test_losses_of_zero_and_below_have_no_multiple() -> None:
+    made = Run(monitor(vocabulary=None))
+    for step in range(300):
+        made.step(-2.0 + 0.01 * step)
+    assert made.events == []
+
+
+def test_a_state_of_before_there_was_a_drift_is_taken() -> None:
+    made = run()
+    made.quiet(50)
+    state = made.monitor.state()
+    del state["drift"]
+    other = monitor()
+    other.restore(state)
+    Run(other).quiet(50)
+
+
 # --- health, and going on
 
 

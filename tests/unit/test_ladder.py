@@ -136,6 +136,12 @@ def test_the_recipe_chooses_rungs_order_and_factor() -> None:
     assert [rate for _, rate in lowered] == pytest.approx([1e-4, 1e-5])
 
 
+def test_a_lowered_rate_is_a_number_that_one_would_write_into_a_recipe() -> None:
+    plan = plan_of("A100", "bf16", learning_rate=3.0)
+    lowered = climb(N2, plan, rungs=["lower_learning_rate"], learning_rate_factor=0.003)
+    assert [rate for _, rate in lowered] == [0.009, 2.7e-5]  # and no 0.009000000000000001
+
+
 def test_a_raised_precision_is_planned_as_if_it_had_been_asked_for() -> None:
     plan = plan_of("T4", {"mode": "fp16", "loss_scale": {"initial": 1024}, "reduce_dtype": None})
     raised = apply(plan, [Repair("precision", {"mode": "fp32"})])
