@@ -157,3 +157,14 @@ def test_data_that_are_left_out_are_a_planned_value_and_change_no_other() -> Non
     assert changes(base, left) == [Change("excluded_data", None, "epoch 0: 40 to 55")]
     assert left.training_arguments == base.training_arguments
     assert windows_of(Plan.from_json(left.to_json()).repairs) == (DataWindow(0, 40, 56),)
+
+
+@pytest.mark.parametrize(
+    ("key", "is_kept"),
+    [("data.tokens", False), ("data", False), ("training.seed", False), ("training.learning_rate", True)],
+)
+def test_places_in_the_data_hold_for_the_order_that_they_were_found_in(key: str, is_kept: bool) -> None:
+    values = {"code": "N2", "onset": 6, "until": 8, "epoch": 0, "first": 40, "last": 56}
+    excluded = {"kind": "plan_changed", "repair": Repair("exclude_data", values).to_json()}
+    accepted = {"kind": "changes_accepted", "changes": [{"key": key, "was": 1, "now": 2}]}
+    assert bool(repairs_of([excluded, accepted])) is is_kept
