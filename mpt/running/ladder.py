@@ -24,6 +24,8 @@ MAX_LOWERINGS = 2
 MAX_WINDOWS = 3
 # Events that a batch can bring about.
 OF_THE_DATA = ("N2", "N3", "N6")
+# What the last word of a slow climb of the loss is about (`mpt.training.drift`): many batches have made it.
+LEVEL = "loss level"
 # Another learning rate changes nothing about them.
 FORMAT_ALONE = ("N1",)
 STRONGER: dict[Precision, tuple[Precision, ...]] = {
@@ -106,9 +108,9 @@ def _exclude_data(
     word: Mapping[str, Any], repairs: Sequence[Repair], plan: Plan, policy: RecoverySection, epoch: Epoch
 ) -> Rung | None:
     """Leave out a window around the event's first step, unless the one before has not helped: what comes again within
-    it, or soon after it, is not of the data. Nor is a loss that rises from the first steps on."""
+    it, or soon after it, is not of the data. Nor is a loss that rises from the first steps on, or over many."""
     code, onset = word["code"], int(word["onset"])
-    if code not in OF_THE_DATA or (code == "N6" and onset <= SAME_POSITION):
+    if code not in OF_THE_DATA or word.get("what") == LEVEL or (code == "N6" and onset <= SAME_POSITION):
         return None
     before = [repair.values for repair in repairs if repair.kind == "exclude_data"]
     if len(before) >= MAX_WINDOWS or any(onset <= values["until"] + policy.margin for values in before):

@@ -8,6 +8,7 @@ that the run has known. Called by `mpt.training.health`.
 import math
 from typing import Any
 
+from mpt.running.ladder import LEVEL
 from mpt.training.robust import Window
 from mpt.training.verdict import Action, Code, Verdict
 
@@ -61,7 +62,7 @@ class LossDrift:
             f"loss has drifted away: the last losses' median is {level:.4g}, "
             f"over {self.factor:g} x {self._lowest:.4g}, {self._whence()}"
         )
-        return Verdict(Action.ROLL_BACK, Code.N6, "loss", loss, reason, self._last_low + 1)
+        return Verdict(Action.ROLL_BACK, Code.N6, LEVEL, level, reason, self._last_low + 1)
 
     def _limit(self, factor: float) -> float:
         """Give the level that is `factor` times the lowest, or where the run began if that is more."""

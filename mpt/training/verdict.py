@@ -47,9 +47,9 @@ class Code(StrEnum):
 class Verdict:
     """What to do, and why. `code` None: nothing happened.
 
-    `what` is "loss", "grad_norm", "loss_scale" or "update"; `value` is that number, which may not be finite (for
-    "update": how many were left out; None: unknown). `onset` is the first step of the event. `clip_to` goes with CLIP
-    alone.
+    `what` is "loss", "loss level", "grad_norm", "loss_scale" or "update"; `value` is that number, which may not be
+    finite (for "update": how many were left out; None: unknown). `onset` is the first step of the event. `clip_to` goes
+    with CLIP alone.
     """
 
     action: Action

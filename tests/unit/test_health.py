@@ -13,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from mpt.recipe.schema import HealthSection
+from mpt.running.ladder import LEVEL
 from mpt.training.dead_model import PATIENCE_AT_START
 from mpt.training.health import Action, Code, HealthMonitor, Thresholds, Verdict
 from mpt.training.lost_updates import SHORT
@@ -629,7 +630,7 @@ def test_a_loss_that_climbs_from_the_first_step_ends_the_attempt_far_above_that_
     made = run()
     verdict = climb(made, UNIFORM, 0.05, 200)
     assert verdict is not None and made.number < 45
-    assert (verdict.code, verdict.what) == (Code.N6, "loss")
+    assert (verdict.code, verdict.what) == (Code.N6, LEVEL)
     assert "over 3 x 10.37, what a model that knows nothing has" in verdict.reason
     # Where it was half again as high: 1.05 ** 8 = 1.48.
     assert verdict.onset == pytest.approx(10, abs=2)

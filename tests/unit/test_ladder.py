@@ -10,7 +10,7 @@ from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.plan import Plan, resolve
 from mpt.planning.repair import Repair, apply
 from mpt.recipe.schema import Recipe, RecoverySection
-from mpt.running.ladder import next_rung, tried
+from mpt.running.ladder import LEVEL, next_rung, tried
 from tests.unit.test_repair import TINY
 
 N2 = {"code": "N2", "onset": 40, "step": 42}
@@ -178,3 +178,13 @@ def test_a_loss_that_rises_from_the_first_steps_on_is_not_blamed_on_the_data(
     code: str, onset: int, is_left_out: bool
 ) -> None:
     assert (exclude(code, onset, []) is not None) is is_left_out
+
+
+def test_a_loss_that_drifts_away_over_many_steps_is_not_blamed_on_the_data() -> None:
+    word = N2 | {"code": "N6", "what": LEVEL}
+    plan = plan_of("A100", "fp32")
+    policy = RecoverySection(rungs=["exclude_data", "lower_learning_rate"])
+    rung = next_rung(word, [], plan, policy, EPOCH)
+    assert rung is not None and rung.repair.kind == "learning_rate"
+    rung = next_rung(word | {"what": "loss"}, [], plan, policy, EPOCH)
+    assert rung is not None and rung.repair.kind == "exclude_data"
