@@ -56,7 +56,12 @@ TOO_HIGH: dict[str, dict[str, Any]] = {
     # It learns while the rate is small, saves checkpoints that prove good, and leaves for 1e5 within a few steps.
     "blows up": {
         "training": {"optim": "sgd", "max_grad_norm": 0, "learning_rate": 10, "warmup_steps": 40, "save_steps": 5},
-        "recovery": {"margin": 4, "learning_rate_factor": 0.1, "rewarm_steps": 10},
+        "recovery": {
+            "rungs": ["retry", "lower_learning_rate"],
+            "margin": 4,
+            "learning_rate_factor": 0.1,
+            "rewarm_steps": 10,
+        },
         "health": {"min_seen": 8, "window": 32, "settle_steps": 16, "known_good_after": 4},
     },
     # Clipped gradients under AdamW: the loss climbs by a few per cent a step, from the first one on.
