@@ -24,7 +24,7 @@ def training(run: SmallRun, *changes: str) -> "subprocess.Popen[str]":
 def test_the_first_signal_saves_and_the_same_command_goes_on(
     new_run: NewRun, number: signal.Signals, undisturbed: str
 ) -> None:
-    run = new_run(step_s=0.05)
+    run = new_run(step_s=0.15)
     process = training(run)
     process.send_signal(number)
     ended = wait(process)
@@ -40,7 +40,7 @@ def test_the_first_signal_saves_and_the_same_command_goes_on(
 
 
 def test_a_signal_that_comes_twice_at_once_is_one_wish(new_run: NewRun) -> None:
-    run = new_run(step_s=0.05)
+    run = new_run(step_s=0.15)
     process = training(run)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
@@ -117,7 +117,7 @@ def test_a_signal_in_the_pause_before_a_restart_ends_without_another_attempt(new
 
 
 def test_a_reader_that_goes_away_does_not_end_the_training(new_run: NewRun) -> None:
-    run = new_run(step_s=0.05)
+    run = new_run(step_s=0.15)
     process = training(run)
     assert process.stderr is not None
     process.stderr.close()
