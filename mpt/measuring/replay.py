@@ -1,5 +1,5 @@
-"""Make the step of an incident again, to see whether it comes out the same: after a change of torch, on another
-machine, under a debugger.
+"""Make the step of an incident again, to see whether it comes out the same: after a change of torch, or
+under a debugger.
 
 It is a real attempt, by the supervisor and the worker of every run, in a scratch run directory below the incident: the
 plan is that of the attempt which ended with it, its first step is the incident's. This module imports no torch.

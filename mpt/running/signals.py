@@ -50,7 +50,8 @@ class StopWish:
 def listening() -> Iterator[StopWish]:
     """Turn SIGINT, SIGTERM, SIGUSR1 and a closed terminal into wishes for as long as the context lasts.
 
-    What was ignored before stays ignored: `nohup` means it.
+    What was ignored before stays ignored: `nohup` means it. Once a wish was heard, later signals are ignored when the
+    context is over: the process only has its last words to say, and its exit code has to tell that the stop was made.
     """
     wish = StopWish()
     before = {number: signal.getsignal(number) for number in HANDLED}
@@ -61,4 +62,4 @@ def listening() -> Iterator[StopWish]:
         yield wish
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler if wish.signal is None else signal.SIG_IGN)

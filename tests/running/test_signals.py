@@ -2,13 +2,14 @@
 
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 
 import pytest
 
 from mpt.running.signals import ONE_WISH_S
-from tests.running.small_runs import SmallRun, wait, wait_until, workers_of
+from tests.running.small_runs import ROOT, SmallRun, wait, wait_until, workers_of
 
 NewRun = Callable[..., SmallRun]
 
@@ -136,3 +137,21 @@ def test_a_stop_reaches_both_ranks_of_torchrun_and_none_is_left(new_run: NewRun)
     process.send_signal(signal.SIGINT)
     assert wait(process).code in (80, 130)
     wait_until(lambda: not workers_of(run), timeout=5)
+
+
+LATE = """
+import os, signal, sys
+from mpt.running.signals import listening
+with listening() as wish:
+    wish.is_immediate = False
+    if sys.argv[1] == "stopped":
+        os.kill(os.getpid(), signal.SIGTERM)
+os.kill(os.getpid(), signal.SIGTERM)
+sys.exit(80)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("stopped", 80), ("undisturbed", -signal.SIGTERM)])
+def test_a_signal_after_the_stop_does_not_change_what_the_exit_code_says(how: str, code: int) -> None:
+    done = subprocess.run([sys.executable, "-c", LATE, how], cwd=ROOT, check=False)
+    assert done.returncode == code
