@@ -22,6 +22,7 @@ from mpt.running.attempt import View
 from mpt.running.lock import locked
 from mpt.running.measured import Measure, ask_to_measure
 from mpt.running.metrics import read_rows
+from mpt.running.plan_file import read_plan
 from mpt.running.recovery import Outcome
 from mpt.running.run_directory import RunDirectory, writing
 from mpt.running.signals import StopWish
@@ -84,13 +85,13 @@ def replay(
     Nobody may be training in the run meanwhile: it would have to share its devices. Raises RunLockedError then, and
     MptError where the incident can't be replayed or the attempt fails.
     """
-    was = json.loads((incident / "autopsy.json").read_text(encoding="utf-8"))
+    was = _read_autopsy(incident / "autopsy.json")
     if not (incident / WEIGHTS).exists():
         raise StorageError(
             f"{incident} holds no weights: there was no room for them, or two later incidents have theirs",
             remedy="Replay a newer incident, or go on from a checkpoint before it to come there again.",
         )
-    plan = Plan.from_json(json.loads(run.attempt(was["attempt"]).plan.read_text(encoding="utf-8")))
+    plan = read_plan(run.attempt(was["attempt"]).plan)
     scratch = RunDirectory(incident / "replay")
     with locked(run.lock):
         _make(run, scratch, incident)
@@ -110,6 +111,14 @@ def replay(
         _delete(scratch)
     loss = now["loss"] if now is not None else (rows[1]["loss"] if 1 in rows else None)
     return Replayed(incident.name, was, now, loss)
+
+
+def _read_autopsy(path: Path) -> dict[str, Any]:
+    try:
+        was = json.loads(path.read_text(encoding="utf-8"))
+        return {**was, "attempt": int(was["attempt"]), "micro_batches": int(was["micro_batches"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{path} is damaged ({error!r})", remedy="Replay another incident.") from error
 
 
 def _make(run: RunDirectory, scratch: RunDirectory, incident: Path) -> None:

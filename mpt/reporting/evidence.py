@@ -14,6 +14,7 @@ from mpt.reporting.summary import last_log_lines
 from mpt.running.journal import read_events
 from mpt.running.lock import owner_of
 from mpt.running.metrics import every_row
+from mpt.running.plan_file import read_plan
 from mpt.running.run_directory import RunDirectory
 
 # What an event must say to be told; the rest of it is told where it is there.
@@ -65,7 +66,7 @@ def gather(run: RunDirectory) -> Evidence:
             events=_checked(read_events(run.journal), run.journal),
             rows=tuple(every_row(run)),
             checkpoints=tuple(describe(run, hashes=False)),
-            plans={number: _read_plan(run.attempt(number).plan) for number in numbers},
+            plans={number: read_plan(run.attempt(number).plan) for number in numbers},
             autopsies={path.parent.name: _read_autopsy(path) for path in sorted(run.incidents.glob("*/autopsy.json"))},
             log_tail=tuple(last_log_lines(run.attempt(numbers[-1]).log)) if numbers else (),
         )
@@ -87,21 +88,6 @@ def _checked(events: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
                 remedy="Restore the file from a copy, or ask the mpt that wrote it.",
             )
     return events
-
-
-def _read_plan(path: Path) -> Plan:
-    try:
-        return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except StorageError as error:
-        raise StorageError(
-            f"{path}: {error.problem}", remedy="Ask the mpt that made this run, or a later one."
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        said = " ".join(str(error).partition(" [type=")[0].split())
-        raise StorageError(
-            f"{path} is no plan of this mpt ({type(error).__name__}: {said})",
-            remedy="Ask the mpt that made this run, or restore the file from a copy.",
-        ) from error
 
 
 def _read_autopsy(path: Path) -> Mapping[str, Any] | None:

@@ -4,17 +4,16 @@
 was changed, whoever changed it. Pure, but for the reading in `gather_report`.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mpt.errors import StorageError
 from mpt.planning.plan import Plan
 from mpt.planning.repair import Change, changes
 from mpt.reporting.summary import summarise
 from mpt.running.journal import read_events, spell_non_finite
 from mpt.running.metrics import every_row
+from mpt.running.plan_file import read_plan
 from mpt.running.run_directory import RunDirectory
 
 
@@ -54,7 +53,7 @@ def gather_report(run: RunDirectory) -> RunReport:
     attempts: list[AttemptReport] = []
     before: Plan | None = None
     for number in run.attempt_numbers():
-        plan = _read_plan(run, number)
+        plan = read_plan(run.attempt(number).plan)
         steps = made.get(number, [])
         attempts.append(
             AttemptReport(
@@ -107,11 +106,3 @@ def _reason(events: Sequence[Mapping[str, Any]], number: int) -> str | None:
         if event["kind"] == "changes_accepted" and event["attempt"] == number - 1:
             return "--accept-changes"
     return None
-
-
-def _read_plan(run: RunDirectory, number: int) -> Plan:
-    path = run.attempt(number).plan
-    try:
-        return Plan.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{path} can't be read ({error})", remedy="Restore it from a copy.") from error

@@ -20,7 +20,10 @@ def run(tmp_path: Path) -> Path:
     for number in ("0001", "0002"):
         incident = folder / "incidents" / number
         incident.mkdir(parents=True)
-        write_json(incident / "autopsy.json", {"code": "N2", "step": 3, "attempt": 1, "loss": "nan", "cause": "x"})
+        write_json(
+            incident / "autopsy.json",
+            {"code": "N2", "step": 3, "attempt": 1, "loss": "nan", "cause": "x", "micro_batches": 1},
+        )
     (folder / "incidents" / "0002" / "weights.safetensors").write_bytes(b"")
     write_json(folder / "attempts" / "001" / "plan.json", small_plan().to_json())
     folder.joinpath("journal.jsonl").write_text(json.dumps({"time": "", "attempt": 0, "kind": "run_created"}) + "\n")
@@ -45,6 +48,15 @@ def test_an_incident_that_cannot_be_replayed_is_one_message(run: Path, incident:
     done = replay(run, incident)
     assert done.returncode == code, done.stderr
     assert says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("damaged", ["incidents/0002/autopsy.json", "attempts/001/plan.json"])
+def test_a_damaged_file_is_named(run: Path, damaged: str) -> None:
+    file = run / damaged
+    file.write_text(file.read_text()[:-20])
+    done = replay(run, "2")
+    assert done.returncode == 83, done.stderr
+    assert str(file) in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_run_without_incidents_says_so(run: Path) -> None:

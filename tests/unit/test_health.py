@@ -698,7 +698,9 @@ def test_a_state_of_before_there_was_a_drift_is_taken() -> None:
     del state["drift"]
     other = monitor()
     other.restore(state)
-    Run(other).quiet(50)
+    again = Run(other)
+    again.quiet(50)
+    assert again.events == []
 
 
 # --- health, and going on
