@@ -109,13 +109,12 @@ def prepare(folder: Path, name: str, tokenizer_in: Path) -> tuple[Any, Any, Any,
     from transformers import AutoTokenizer
 
     from mpt.terms import Task
-    from mpt.training.data import read_documents
     from mpt.training.tasks import task_module
 
     recipe = Recipe.model_validate(yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")))
     plan, task = plan_of(recipe), task_module(Task.CAUSAL_LM)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_in)
-    samples = task.prepare_data(plan, read_documents(recipe.data, seed=42), tokenizer)
+    samples = task.prepare_data(plan, task.read_documents(plan, seed=42), tokenizer)
     return plan, tokenizer, samples.train, task.build_model(plan, tokenizer, seed=42)
 
 

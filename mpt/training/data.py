@@ -3,22 +3,19 @@
 What the reader should hear of (a remainder dropped, documents truncated) comes back as notices.
 """
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
-import torch
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from mpt.errors import MptError
 from mpt.recipe.schema import DataSection
 from mpt.training.corpus import TEXT, read_corpus, stream_corpus
+from mpt.training.packing import PackedBlocks
 
-IGNORED = -100  # the label that transformers' losses leave out
 STREAMED_EVAL_DOCUMENTS = 200
 SHUFFLE_BUFFER = 10_000
 
@@ -39,64 +36,6 @@ class Samples:
     train: Any
     held_out: Any
     notices: tuple[str, ...] = ()
-
-
-class PackedBlocks(torch.utils.data.Dataset):
-    """Blocks of `length` tokens cut from the joined documents; the tokens stay in the memory-mapped table."""
-
-    def __init__(self, table: datasets.Dataset, length: int) -> None:
-        chunks = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in table.data.column("input_ids").chunks]
-        self.chunks = [chunk for chunk in chunks if len(chunk)]
-        self.ends = np.cumsum([len(chunk) for chunk in self.chunks], dtype=np.int64).tolist()
-        self.tokens = self.ends[-1] if self.ends else 0
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.tokens // self.length
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        return {"input_ids": torch.from_numpy(self._slice(index * self.length, (index + 1) * self.length))}
-
-    def _slice(self, start: int, stop: int) -> np.ndarray:
-        parts = []
-        chunk = bisect_right(self.ends, start)
-        while start < stop:
-            begin = self.ends[chunk] - len(self.chunks[chunk])
-            end = min(stop, self.ends[chunk])
-            parts.append(self.chunks[chunk][start - begin : end - begin])
-            start, chunk = end, chunk + 1
-        return np.concatenate(parts).astype(np.int64)
-
-
-class PackedCollator:
-    """Stack blocks of one length; the labels are the tokens themselves (the model shifts them)."""
-
-    draws_random_numbers = False
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        tokens = torch.stack([torch.as_tensor(sample["input_ids"], dtype=torch.int64) for sample in samples])
-        return {"input_ids": tokens, "labels": tokens}
-
-
-class PaddedCollator:
-    """Pad to the longest sample of the batch; pads are masked and their labels ignored."""
-
-    draws_random_numbers = False
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        longest = max(len(sample["input_ids"]) for sample in samples)
-        tokens = torch.full((len(samples), longest), self.pad_token_id, dtype=torch.int64)
-        mask = torch.zeros((len(samples), longest), dtype=torch.int64)
-        for row, sample in enumerate(samples):
-            length = len(sample["input_ids"])
-            tokens[row, :length] = torch.as_tensor(sample["input_ids"], dtype=torch.int64)
-            mask[row, :length] = 1
-        return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, IGNORED)}
 
 
 def read_documents(section: DataSection, *, seed: int) -> Documents:

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from mpt.recipe.schema import DataSection
 from mpt.recipe.sources import expand
 from mpt.training.corpus import TEXT, stream_corpus
-from mpt.training.data import Documents, PackedBlocks, Samples, identify
+from mpt.training.data import Documents, Samples, identify
+from mpt.training.packing import PackedBlocks
 
 PIECE = 1 << 18  # bytes; a file of at most three pieces is read whole
 ROWS = 100  # of a streamed hub data set

@@ -184,16 +184,15 @@ def _read_data(plan: Plan, task: Any, folder: Path, seed: int) -> tuple[Any, Any
     """Give tokenizer and samples, as `mpt.training.session` prepares them for a run."""
     import datasets
 
-    from mpt.training.data import read_documents
     from mpt.training.tokenizer import is_trained, load_tokenizer, trained_tokenizer
 
     datasets.disable_progress_bars()
-    documents = read_documents(plan.recipe.data, seed=seed)
+    documents = task.read_documents(plan, seed=seed)
     if is_trained(plan.recipe):
         section = plan.recipe.tokenizer
         tokenizer = trained_tokenizer(
             folder / "tokenizer",
-            lambda: (row["text"] for row in documents.train),
+            lambda: task.texts(documents),
             section.vocab_size if section is not None else plan.facts.vocab_size,
             is_writer=True,
             barrier=lambda: None,

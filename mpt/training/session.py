@@ -29,7 +29,7 @@ from mpt.running.run_directory import AttemptDirectory, RunDirectory
 from mpt.terms import DeviceKind, Feature, Task
 from mpt.training.adapters import add_adapters
 from mpt.training.audit import Audit
-from mpt.training.data import Samples, read_documents
+from mpt.training.data import Samples
 from mpt.training.fingerprint import fingerprint
 from mpt.training.health import HealthMonitor, Thresholds
 from mpt.training.outcome import StopRequest
@@ -39,7 +39,7 @@ from mpt.training.repeated_stream import RepeatedStream
 from mpt.training.replay import Replay
 from mpt.training.saving import full_weights, save_final
 from mpt.training.step_watch import StepWatch
-from mpt.training.tasks import task_module
+from mpt.training.tasks import evaluation_of, task_module
 from mpt.training.tokenizer import is_trained, load_tokenizer, read_tokenizer, trained_tokenizer
 from mpt.training.trainer import PlanTrainer, data_seed
 
@@ -117,6 +117,7 @@ def train(
             data_collator=task.build_collator(plan, tokenizer),
             processing_class=tokenizer,
             optimizer_cls_and_kwargs=pure_bf16_optimizer(plan, arguments),
+            **evaluation_of(task, plan),
         )
     resume_from = None if plan.resume_from is None else str(run.checkpoints / plan.resume_from)
     trainer.train(resume_from_checkpoint=resume_from)
@@ -128,7 +129,7 @@ def _prepare(
 ) -> tuple[Any, Samples]:
     """Read the text, load or train the tokenizer, and tokenise: rank 0 first, the others from its cache."""
     with arguments.main_process_first(desc="preparing the data"):
-        documents = read_documents(plan.recipe.data, seed=data_seed(arguments))
+        documents = task.read_documents(plan, seed=data_seed(arguments))
         if not is_trained(plan.recipe):
             tokenizer = load_tokenizer(plan.recipe)
     if is_trained(plan.recipe):
@@ -136,7 +137,7 @@ def _prepare(
         asked = section.vocab_size if section is not None else plan.facts.vocab_size
         tokenizer = trained_tokenizer(
             run.path / "tokenizer",
-            lambda: (row["text"] for row in documents.train),
+            lambda: task.texts(documents),
             asked,
             is_writer=arguments.process_index == 0,
             barrier=barrier,

@@ -11,8 +11,10 @@ import torch
 
 from mpt.errors import MptError
 from mpt.recipe.schema import DataSection
+from mpt.training.collation import PackedCollator, PaddedCollator
 from mpt.training.corpus import read_corpus
-from mpt.training.data import PackedBlocks, PackedCollator, PaddedCollator, prepare_samples, read_documents
+from mpt.training.data import prepare_samples, read_documents
+from mpt.training.packing import PackedBlocks
 from mpt.training.repeated_stream import RepeatedStream
 from mpt.training.tokenizer import train_tokenizer
 

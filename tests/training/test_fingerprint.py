@@ -10,8 +10,9 @@ import datasets
 import pytest
 
 from mpt.recipe.schema import DataSection
-from mpt.training.data import PackedBlocks, prepare_samples, read_documents
+from mpt.training.data import prepare_samples, read_documents
 from mpt.training.fingerprint import PIECE, fingerprint, measure
+from mpt.training.packing import PackedBlocks
 from mpt.training.tokenizer import train_tokenizer
 
 TEXTS = [f"Document {number}, the only one of its kind.\nIt has a second line." for number in range(12)]

@@ -1,24 +1,31 @@
 """Next-token prediction: a causal language model on text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpt.planning.plan import Plan
-from mpt.training.data import (
-    Documents,
-    PackedCollator,
-    PaddedCollator,
-    Samples,
-    prepare_samples,
-)
+from mpt.training import data
+from mpt.training.collation import PackedCollator, PaddedCollator
+from mpt.training.corpus import TEXT
+from mpt.training.data import Documents, Samples, prepare_samples
 from mpt.training.model import build_causal_lm
 
 
 def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
     """Build the model, its weights drawn from `seed` where it is from scratch."""
     return build_causal_lm(plan, tokenizer, seed=seed)
+
+
+def read_documents(plan: Plan, *, seed: int) -> Documents:
+    """Read the text, and hold out what is evaluated on; `seed` divides it."""
+    return data.read_documents(plan.recipe.data, seed=seed)
+
+
+def texts(documents: Documents) -> Iterator[str]:
+    """Give the training text, a document at a time."""
+    return (row[TEXT] for row in documents.train)
 
 
 def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Samples:

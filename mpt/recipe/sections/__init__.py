@@ -1,0 +1,1 @@
+"""The blocks of a recipe, one file a concern; `mpt.recipe.schema` puts them together."""
