@@ -13,6 +13,7 @@ import typer
 
 from mpt import __version__
 from mpt.errors import ExitCode, MptError
+from mpt.secrets import redact_streams
 
 app = typer.Typer(
     name="mpt",
@@ -73,6 +74,7 @@ _register()
 
 def main() -> NoReturn:
     """Run the command line and end the process with the documented exit code."""
+    redact_streams(os.environ)
     if sys.argv[1:2] != ["train"]:
         # A reader that goes away (`mpt plan ... | head`) ends the command quietly. A run must outlive its readers.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

@@ -1,6 +1,7 @@
 """A recipe file and its overrides -> Recipe, or everything that is wrong with them, each with its place and remedy."""
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mpt.recipe.schema import Recipe
 from mpt.recipe.schema_errors import show, validate
 from mpt.recipe.yaml_text import MAX_BYTES, Document, read_yaml
 from mpt.recipe.yaml_tree import Flaw, KeyPath
+from mpt.secrets import holds_secret, secret_values
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -71,7 +73,22 @@ def _not_a_map(document: Document) -> Flaw:
 
 def _judge(values: dict[str, Any]) -> tuple[Recipe | None, list[Flaw]]:
     recipe, flaws = validate(values)
-    return recipe, flaws if recipe is None else broken_rules(recipe)
+    exposed = list(_secrets((), values, secret_values(os.environ)))
+    flaws = [flaw for flaw in flaws if flaw.path not in {one.path for one in exposed}]
+    return recipe, exposed + (flaws if recipe is None else broken_rules(recipe))
+
+
+def _secrets(path: KeyPath, value: Any, secrets: Sequence[str]) -> Iterator[Flaw]:
+    """Refuse credentials: a recipe is copied into the run directory, into checkpoints and into trackers."""
+    if isinstance(value, str) and holds_secret(value, secrets):
+        yield Flaw(
+            path,
+            "holds a credential, and a recipe is copied into the run directory",
+            "leave it out and set it in the environment: HF_TOKEN, AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD",
+        )
+    elif isinstance(value, (dict, list)):
+        for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _secrets((*path, key), entry, secrets)
 
 
 def _flaws_without_overrides(raw: bytes) -> set[tuple[KeyPath, str]]:

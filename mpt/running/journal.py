@@ -14,6 +14,7 @@ from typing import Any
 
 from mpt.errors import StorageError
 from mpt.running.run_directory import writing
+from mpt.secrets import redact_all
 
 # How every record begins.
 OPENING = b'{"time"'
@@ -29,7 +30,7 @@ class Journal:
         self.rank = rank
 
     def append(self, kind: str, **payload: Any) -> None:
-        """Write an event and make it durable. Raises StorageError where the journal can't be written."""
+        """Write an event without its secrets, and make it durable. Raises StorageError where that can't be done."""
         record = {
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "attempt": self.attempt,
@@ -37,7 +38,7 @@ class Journal:
             "kind": kind,
             **payload,
         }
-        line = json.dumps(spell_non_finite(record), allow_nan=False)
+        line = json.dumps(redact_all(spell_non_finite(record)), allow_nan=False)
         with writing(self.path):
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:

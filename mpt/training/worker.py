@@ -19,6 +19,7 @@ from mpt.running.journal import Journal
 from mpt.running.run_directory import RunDirectory
 from mpt.running.stacks import answer_with_stacks
 from mpt.running.tie import die_with_parent
+from mpt.secrets import redact_streams
 from mpt.training.imports import heavy_imports, leave
 
 # What accelerate's own list (accelerate/utils/memory.py) leaves out: errors that arrive late or from cuBLAS's handle.
@@ -31,6 +32,8 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 2:
         print("usage: python -m mpt.training.worker RUN_DIR ATTEMPT", file=sys.stderr)
         return ExitCode.USAGE
+    # Before the libraries: their loggers keep the stream that they find.
+    redact_streams(os.environ)
     run = RunDirectory(Path(arguments[0]))
     number = int(arguments[1])
     rank = int(os.environ.get("RANK", "0"))

@@ -13,7 +13,9 @@
   `{"dies_in_background": 8}`: the process is killed when all of step 8 is written and nothing committed;
 - `{"no_memory_above": 2}`: a micro batch of more samples does not fit; `{"loader_sleeps_at": 3}`: the data of step 3 do
   not come; `{"evaluation_takes": SECONDS}`: an evaluation says nothing for so long;
-- `{"loss_raised": {"by": 5.0, "at": [[20, 25]]}}`: it is so much higher from step to step, with the same gradients.
+- `{"loss_raised": {"by": 5.0, "at": [[20, 25]]}}`: it is so much higher from step to step, with the same gradients;
+- `{"raises_at": 3, "naming": ["HF_TOKEN"]}`: step 3 raises, and says what these environment variables hold, as
+  libraries do with the request that failed.
 
 `"in_attempts": [1, 2]` keeps a fault to those; a list of faults is all of them.
 """
@@ -57,6 +59,10 @@ def install_one(fault: dict[str, Any]) -> None:
             return loss
         if len(arguments[1]["input_ids"]) > fault.get("no_memory_above", math.inf):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if number(self) == fault.get("raises_at"):
+            told = " ".join(os.environ[name] for name in fault["naming"])
+            print(f"headers: {told}", flush=True)
+            raise RuntimeError(f"401 Client Error for https://me:{os.environ[fault['naming'][0]]}@hub/api with {told}")
         raised = fault.get("loss_raised", {"at": ()})
         if any(first <= number(self) <= last for first, last in raised["at"]):
             return loss + raised["by"]

@@ -16,14 +16,15 @@ ROOT = Path(mpt.__file__).parent
 LAW: dict[str, set[str]] = {
     "errors": set(),
     "terms": set(),
+    "secrets": set(),
     "hardware": {"errors", "terms"},
-    "recipe": {"errors", "terms", "hardware"},
-    "planning": {"errors", "terms", "hardware", "recipe"},
-    "running": {"errors", "terms", "hardware", "recipe", "planning"},
-    "measuring": {"errors", "terms", "hardware", "recipe", "planning", "running"},
-    "reporting": {"errors", "terms", "hardware", "recipe", "planning", "running"},
-    "training": {"errors", "terms", "hardware", "recipe", "planning", "running"},
-    "cli": {"errors", "terms", "hardware", "recipe", "planning", "running", "measuring", "reporting"},
+    "recipe": {"errors", "terms", "secrets", "hardware"},
+    "planning": {"errors", "terms", "secrets", "hardware", "recipe"},
+    "running": {"errors", "terms", "secrets", "hardware", "recipe", "planning"},
+    "measuring": {"errors", "terms", "secrets", "hardware", "recipe", "planning", "running"},
+    "reporting": {"errors", "terms", "secrets", "hardware", "recipe", "planning", "running"},
+    "training": {"errors", "terms", "secrets", "hardware", "recipe", "planning", "running"},
+    "cli": {"errors", "terms", "secrets", "hardware", "recipe", "planning", "running", "measuring", "reporting"},
 }
 TORCH_ZONE = {"torch", "transformers", "accelerate", "datasets", "deepspeed", "peft", "tokenizers", "safetensors"}
 
