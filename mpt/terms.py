@@ -95,3 +95,7 @@ class Task(StrEnum):
     SFT = "sft"
     SEQUENCE_CLASSIFICATION = "sequence_classification"
     MASKED_LM = "masked_lm"
+
+
+# Those whose loss is a cross entropy over the vocabulary.
+LANGUAGE_TASKS = (Task.CAUSAL_LM, Task.SFT, Task.MASKED_LM)

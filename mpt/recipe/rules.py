@@ -8,6 +8,9 @@ from mpt.recipe.sources import BUILTIN
 from mpt.recipe.yaml_tree import Flaw
 from mpt.terms import Task
 
+# A tokenizer trained for a model that reads both ways: the bytes, [PAD], [CLS], [SEP] and [MASK].
+MARKED_SMALLEST = 260
+
 
 def broken_rules(recipe: Recipe) -> list[Flaw]:
     """Name every rule that the recipe breaks."""
@@ -144,6 +147,12 @@ def _tokenizer(recipe: Recipe) -> Iterator[Flaw]:
     size = config.get("vocab_size")
     if tokenizer is None or tokenizer.train is not None:
         tokens = (tokenizer or TokenizerSection()).vocab_size
+        if tokens < MARKED_SMALLEST and recipe.task in (Task.MASKED_LM, Task.SEQUENCE_CLASSIFICATION):
+            yield Flaw(
+                ("tokenizer", "vocab_size"),
+                f"{tokens} has no room for the 256 bytes and the four marks that {recipe.task} needs",
+                f"write {MARKED_SMALLEST} or more",
+            )
         if isinstance(size, int) and size < tokens:
             yield Flaw(
                 ("model", "config", "vocab_size"),
@@ -164,6 +173,7 @@ def _task_has_its_keys(recipe: Recipe) -> Iterator[Flaw]:
         "text_pair_column": Task.SEQUENCE_CLASSIFICATION,
         "label_column": Task.SEQUENCE_CLASSIFICATION,
         "messages_column": Task.SFT,
+        "mask_probability": Task.MASKED_LM,
     }
     for key, task in only.items():
         if key in recipe.data.model_fields_set and recipe.task != task:

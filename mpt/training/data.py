@@ -57,18 +57,28 @@ def read_documents(section: DataSection, *, seed: int) -> Documents:
 
 
 def prepare_samples(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, packing: bool, source: str
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    packing: bool,
+    source: str,
+    marks_text: bool = False,
 ) -> Samples:
-    """Tokenise, and pack or truncate. Raises MptError where the text is too short for one sample."""
+    """Tokenise, and pack or truncate. Raises MptError where the text is too short for one sample.
+
+    `marks_text`: the tokenizer's own marks stand around each document, in the place of an end of text after it.
+    """
+    encode = Encoder(tokenizer, marks_text=marks_text)
     if not isinstance(documents.train, datasets.Dataset):
-        return _stream_samples(documents, tokenizer, sequence_length, packing)
+        return _stream_samples(documents, encode, sequence_length, packing)
     notices = list(documents.notices)
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and not marks_text:
         notices.append("the tokenizer has no end-of-text token: documents follow one another unmarked")
-    train = _tokenise(documents.train, tokenizer, None if packing else sequence_length)
+    train = _tokenise(documents.train, encode, None if packing else sequence_length)
     held_out = None
     if documents.held_out is not None:
-        held_out = _tokenise(documents.held_out, tokenizer, None if packing else sequence_length)
+        held_out = _tokenise(documents.held_out, encode, None if packing else sequence_length)
     if not packing:
         notices += _truncation_notice(train, sequence_length)
         return Samples(
@@ -116,28 +126,57 @@ def _cut_tail(train: datasets.Dataset, fraction: float) -> Documents:
     )
 
 
-def _tokenise(table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> datasets.Dataset:
-    """Encode every document, end-of-text after each; with `limit`, at most so many tokens of it.
+class Encoder:
+    """Texts -> tokens, a row a document: marked as the tokenizer marks one, or with an end of text after it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, marks_text: bool) -> None:
+        self.tokenizer = tokenizer
+        self.marks_text = marks_text
+        self._end = [] if tokenizer.eos_token_id is None or marks_text else [tokenizer.eos_token_id]
+        # One token has no next one to predict, and marks alone are no text.
+        self._fewest = 1 + tokenizer.num_special_tokens_to_add() if marks_text else 2
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        """Encode the texts; those without a visible character are left out."""
+        texts = [text for text in texts if text.strip()]
+        rows = self.tokenizer(texts, add_special_tokens=self.marks_text)["input_ids"] if texts else []
+        return [row + self._end for row in rows]
+
+    def is_enough(self, row: list[int]) -> bool:
+        """Whether a row teaches anything by itself."""
+        return len(row) >= self._fewest
+
+    def cut(self, row: list[int], limit: int) -> list[int]:
+        """Truncate a row; the mark at its end stays."""
+        if len(row) <= limit or not self.marks_text:
+            return row[:limit]
+        return [*row[: limit - 1], row[-1]]
+
+    @property
+    def identity(self) -> tuple[str, bool]:
+        return identify(self.tokenizer), self.marks_text
+
+
+def _tokenise(table: datasets.Dataset, encode_texts: Encoder, limit: int | None) -> datasets.Dataset:
+    """Encode every document; with `limit`, at most so many tokens of it.
 
     The result is cached by `datasets`, beside the table it came from (in Hugging Face's cache, never by the user's
     files); the fingerprint is ours, because a tokenizer's pickle changes with use.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        texts = [text for text in batch[TEXT] if text.strip()]
-        rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        rows = [row + end for row in rows]
+        rows = encode_texts(batch[TEXT])
         if limit is None:
             return {"input_ids": rows}
-        rows = [row for row in rows if len(row) > 1]  # one token has no next one to predict
-        return {"input_ids": [row[:limit] for row in rows], "truncated": [len(row) > limit for row in rows]}
+        rows = [row for row in rows if encode_texts.is_enough(row)]
+        cut = [encode_texts.cut(row, limit) for row in rows]
+        return {"input_ids": cut, "truncated": [len(row) > limit for row in rows]}
 
     features = {"input_ids": datasets.List(datasets.Value("int32"))}
     if limit is not None:
         features["truncated"] = datasets.Value("bool")
     in_memory = not table.cache_files
-    identity = "" if in_memory else Hasher.hash((table._fingerprint, identify(tokenizer), limit, "tokenised-1"))
+    identity = "" if in_memory else Hasher.hash((table._fingerprint, encode_texts.identity, limit, "tokenised-2"))
     return table.map(
         encode,
         batched=True,
@@ -189,24 +228,20 @@ def _streamed(section: DataSection, seed: int) -> Documents:
     return Documents(train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), held_out)
 
 
-def _stream_samples(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, sequence_length: int, packing: bool
-) -> Samples:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
+def _stream_samples(documents: Documents, encode_texts: Encoder, sequence_length: int, packing: bool) -> Samples:
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         for text in batch[TEXT]:
             if not isinstance(text, str):
                 raise MptError(
                     f"a row of the stream has {type(text).__name__}, not text", remedy="Give every row a text."
                 )
-        texts = [text for text in batch[TEXT] if text.strip()]
-        rows = [row + end for row in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+        rows = encode_texts(batch[TEXT])
         if not packing:
-            return {"input_ids": [row[:sequence_length] for row in rows if len(row) > 1]}
+            whole = [row for row in rows if encode_texts.is_enough(row)]
+            return {"input_ids": [encode_texts.cut(row, sequence_length) for row in whole]}
         joined = [token for row in rows for token in row]
-        whole = len(joined) // sequence_length * sequence_length
-        return {"input_ids": [joined[start : start + sequence_length] for start in range(0, whole, sequence_length)]}
+        end = len(joined) // sequence_length * sequence_length
+        return {"input_ids": [joined[start : start + sequence_length] for start in range(0, end, sequence_length)]}
 
     def samples(stream: Any) -> Any:
         return None if stream is None else stream.map(encode, batched=True, batch_size=1000, remove_columns=[TEXT])

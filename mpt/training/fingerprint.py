@@ -51,6 +51,7 @@ def fingerprint(
 
 def measure(samples: Any) -> dict[str, Any]:
     """Count samples and their tokens, and hash them; how the table is cut into chunks on the disk has no part in it."""
+    samples = getattr(samples, "unmasked", samples)
     tokens, lengths = xxhash.xxh3_128(), xxhash.xxh3_128()
     count = 0
     for numbers, sizes in _chunks(samples):

@@ -1,5 +1,6 @@
 """The model of a run, as the plan says: from a configuration or a checkpoint, in the planned dtype and attention."""
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,36 @@ from mpt.planning.plan import Plan
 from mpt.recipe.schema import ModelSection
 from mpt.training.precision.apply import DTYPES, cast_weights, planned_islands
 
-# Older names that transformers' configuration classes still take and translate.
-LEGACY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype", "output_attentions"}
+# Names beside the fields that transformers' configuration classes take, most of them older ones, and translate.
+LEGACY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype", "output_attentions", "num_labels"}
 
 
 def build_causal_lm(plan: Plan, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """Build a causal language model, as `build_with_head` does."""
+    return build_with_head(AutoModelForCausalLM, plan, tokenizer, seed=seed)
+
+
+def build_with_head(
+    head: Any,
+    plan: Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    keys: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
     """Build the model with its trainable weights in the planned dtype, the same on every rank.
 
-    Raises MptError for a configuration or checkpoint that is wrong, UnsupportedError for a missing attention kernel.
+    `head` is one of transformers' AutoModelFor classes; `keys` of the configuration go over the recipe's or the
+    checkpoint's. Raises MptError for a configuration or checkpoint that is wrong, UnsupportedError for a missing
+    attention kernel.
     """
     section = plan.recipe.model
     set_seed(seed)
     try:
-        model = _from_config(plan, section, tokenizer, seed) if section.config else _from_checkpoint(plan, section)
+        if section.config:
+            model = _from_config(head, plan, section, tokenizer, seed, keys or {})
+        else:
+            model = _from_checkpoint(head, plan, section, keys or {})
     except ImportError as error:  # transformers' word for an attention kernel or a quantiser that is not installed
         raise UnsupportedError(
             " ".join(str(error).split())[:400], remedy="Install what is missing, or ask for `attention: sdpa`."
@@ -56,26 +74,33 @@ def _check_finite(model: PreTrainedModel) -> None:
             )
 
 
-def _from_config(plan: Plan, section: ModelSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    config = to_config(section.config or {}, vocab_size=plan.facts.vocab_size)
-    given = section.config or {}
+def _from_config(
+    head: Any,
+    plan: Plan,
+    section: ModelSection,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    keys: Mapping[str, Any],
+) -> PreTrainedModel:
+    given = {**(section.config or {}), **keys}
+    config = to_config(given, vocab_size=plan.facts.vocab_size)
     for key in ("bos_token_id", "eos_token_id"):
         if key not in given:
             setattr(config, key, getattr(tokenizer, key))
     # Weights from scratch always begin as fp32 draws, so that every precision starts from the same numbers.
-    model = _drawn(config, plan)
+    model = _drawn(head, config, plan)
     if hf_deepspeed.is_deepspeed_zero3_enabled():
-        _share_draws(model, config, plan, seed)
+        _share_draws(model, head, config, plan, seed)
     return model
 
 
-def _drawn(config: Any, plan: Plan) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(
+def _drawn(head: Any, config: Any, plan: Plan) -> PreTrainedModel:
+    return head.from_config(
         config, dtype=torch.float32, attn_implementation=plan.value("attention"), trust_remote_code=False
     )
 
 
-def _share_draws(model: PreTrainedModel, config: Any, plan: Plan, seed: int) -> None:
+def _share_draws(model: PreTrainedModel, head: Any, config: Any, plan: Plan, seed: int) -> None:
     """Give a model that ZeRO-3 has divided the weights that the same seed gives without ZeRO-3.
 
     transformers draws divided weights in another order. Rank 0 draws them whole, in host memory, and hands them out.
@@ -89,7 +114,7 @@ def _share_draws(model: PreTrainedModel, config: Any, plan: Plan, seed: int) -> 
         hf_deepspeed.unset_hf_deepspeed_config()
         try:
             set_seed(seed)
-            whole = dict(_drawn(config, plan).named_parameters())
+            whole = dict(_drawn(head, config, plan).named_parameters())
         finally:
             hf_deepspeed.set_hf_deepspeed_config(active)
     for name, weight in model.named_parameters():
@@ -140,16 +165,17 @@ def _known_keys(config_class: type) -> set[str]:
     return fields | set(getattr(config_class, "attribute_map", {})) | LEGACY_KEYS
 
 
-def _from_checkpoint(plan: Plan, section: ModelSection) -> PreTrainedModel:
+def _from_checkpoint(head: Any, plan: Plan, section: ModelSection, keys: Mapping[str, Any]) -> PreTrainedModel:
     name = section.name_or_path or ""
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return head.from_pretrained(
             name,
             revision=section.revision or "main",
             # transformers 5 loads the checkpoint's own dtype: bf16 master weights, unless told otherwise.
             dtype=_load_dtype(plan),
             attn_implementation=plan.value("attention"),
             trust_remote_code=section.trust_remote_code,
+            **keys,
         )
     except (OSError, ValueError) as error:
         where = "" if Path(name).exists() else " (no such directory here, so a hub id)"

@@ -26,7 +26,7 @@ from mpt.running.journal import Journal
 from mpt.running.measured import asked_measure
 from mpt.running.metrics import read_rows
 from mpt.running.run_directory import AttemptDirectory, RunDirectory
-from mpt.terms import DeviceKind, Feature, Task
+from mpt.terms import LANGUAGE_TASKS, DeviceKind, Feature
 from mpt.training.adapters import add_adapters
 from mpt.training.audit import Audit
 from mpt.training.data import Samples
@@ -141,6 +141,7 @@ def _prepare(
             asked,
             is_writer=arguments.process_index == 0,
             barrier=barrier,
+            marks_text=getattr(task, "MARKS_TEXT", False),
         )
         if len(tokenizer) < asked and arguments.process_index == 0:
             journal.append(
@@ -194,7 +195,7 @@ def build_monitor(plan: Plan) -> HealthMonitor:
     """Build what watches the numbers, by the recipe's `health:` block."""
     thresholds = Thresholds(**plan.recipe.health.model_dump())
     # The loss of every other task is no cross entropy over the vocabulary.
-    vocabulary = plan.facts.vocab_size if plan.value("task") == Task.CAUSAL_LM else None
+    vocabulary = plan.facts.vocab_size if plan.value("task") in LANGUAGE_TASKS else None
     scale = plan.value("loss_scale")
     has_own_end = scale is not None and (scale.get("static") is not None or scale.get("min") is not None)
     lowest = {"lowest_scale": 0.0} if has_own_end else {}

@@ -1,5 +1,8 @@
 """The tokenizer of a run: an existing one, or a byte-level BPE trained on the run's own text.
 
+A model that reads a text in both directions wants it marked: [CLS] before it, [SEP] after it and between the texts of
+a pair, and a [MASK] to guess at. A tokenizer trained for such a task has these; another one has an end of text.
+
 A trained one lives in the run directory, so that every rank and every later attempt reads the very same.
 """
 
@@ -8,13 +11,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mpt.errors import MptError
 from mpt.recipe.schema import Recipe
 
 END_OF_TEXT = "<|endoftext|>"
+PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"  # BERT's names (Devlin et al. 2019), its pad at 0
 
 
 def is_trained(recipe: Recipe) -> bool:
@@ -47,15 +51,21 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def trained_tokenizer(
-    folder: Path, texts: Callable[[], Iterable[str]], vocab_size: int, *, is_writer: bool, barrier: Callable[[], Any]
+    folder: Path,
+    texts: Callable[[], Iterable[str]],
+    vocab_size: int,
+    *,
+    is_writer: bool,
+    barrier: Callable[[], Any],
+    marks_text: bool = False,
 ) -> PreTrainedTokenizerBase:
     """Load the run's own tokenizer from `folder`; where it is not there yet the writing rank trains it first.
 
-    `texts` gives the training documents. The folder appears whole or not at all.
+    `texts` gives the training documents, `marks_text` is `train_tokenizer`'s. The folder appears whole or not at all.
     """
     if is_writer and not folder.exists():
         staging = folder.with_name(f".staging-{folder.name}-{os.getpid()}")
-        train_tokenizer(texts(), vocab_size).save_pretrained(str(staging))
+        train_tokenizer(texts(), vocab_size, marks_text=marks_text).save_pretrained(str(staging))
         staging.rename(folder)
     barrier()
     return read_tokenizer(folder)
@@ -66,21 +76,36 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, *, marks_text: bool = False) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE (Radford et al. 2019, section 2.2) of at most `vocab_size` entries.
 
-    The 256 bytes and the end of text are among them, so every text can be encoded. The same texts give the same one.
+    The 256 bytes are among them, so every text can be encoded, and the end of text, or with `marks_text` the four marks
+    of a model that reads both ways. The same texts give the same one.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[PAD, CLS, SEP, MASK] if marks_text else [END_OF_TEXT],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    if marks_text:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{CLS} $A {SEP}",
+            pair=f"{CLS} $A {SEP} $B:1 {SEP}:1",
+            special_tokens=[(mark, tokenizer.token_to_id(mark)) for mark in (CLS, SEP)],
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            pad_token=PAD,
+            cls_token=CLS,
+            sep_token=SEP,
+            mask_token=MASK,
+            model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )

@@ -21,6 +21,7 @@ from mpt.planning.data_window import windows_of
 from mpt.planning.plan import Plan
 from mpt.running.journal import Journal
 from mpt.running.run_directory import RunDirectory
+from mpt.terms import Task
 from mpt.training.audit import Audit
 from mpt.training.background import trained_state
 from mpt.training.checkpointing import Saver
@@ -72,6 +73,10 @@ class PlanTrainer(Trainer):
             arguments.activation_checkpointing_kwargs = arguments.activation_checkpointing_kwargs | again
         keywords["data_collator"] = PlacedCollator(keywords["data_collator"], data_seed(keywords["args"]))
         super().__init__(**keywords)
+        if plan.value("task") not in (Task.CAUSAL_LM, Task.SFT):
+            # Their models take any keyword, and their losses are means over a micro batch all the same: the Trainer
+            # would not divide by the micro batches, and multiply by the processes (transformers 5.23, compute_loss).
+            self.model_accepts_loss_kwargs = False
         self.pad_token_id = getattr(self.model.config, "pad_token_id", None)
         self.add_callback(StepHooks(self))
 

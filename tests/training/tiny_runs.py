@@ -32,6 +32,14 @@ LLAMA = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 FP16 = {"mode": "fp16", "allow_emulation": True}
 
 

@@ -28,6 +28,9 @@ class DataSection(Section):
     """Column of the class; sequence_classification only."""
     messages_column: Text = "messages"
     """Column of the conversation, a list of {role, content}; sft only."""
+    mask_probability: Annotated[Number, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens that the model has to guess; masked_lm only. Of those 8 in 10 are masked, 1 in 10 become
+    another token and 1 in 10 stay (Devlin et al. 2019)."""
     eval_source: Text | list[Text] | None = None
     """Data to evaluate on, in the words of `source`. Left out: a held-out part of `source`."""
     eval_split: Text | None = None

@@ -40,9 +40,10 @@ class TokenizerSection(Section):
     revision: Text | None = None
     """Branch, tag or commit of a hub tokenizer; the model's where the tokenizer is the model's."""
     train: Literal["byte_level_bpe"] | None = None
-    """Train a tokenizer on the training text. A model built from `config` without a tokenizer gets one this way."""
+    """Train a tokenizer on the training text. A model built from `config` without a tokenizer gets one this way. It
+    ends a text with <|endoftext|>; for masked_lm and sequence_classification it has [PAD], [CLS], [SEP] and [MASK]."""
     vocab_size: Annotated[Integer, Field(ge=257)] = 4096
-    """Size of the trained vocabulary, the 256 bytes and the end-of-text token included."""
+    """Size of the trained vocabulary, the 256 bytes and the special tokens included."""
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
