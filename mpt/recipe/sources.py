@@ -9,6 +9,7 @@ from mpt.recipe.schema import DataSection
 
 BUILTIN = "builtin:python-reference"
 SUFFIXES = (".csv", ".json", ".jsonl", ".md", ".parquet", ".txt")
+COMPRESSED = (".gz", ".zst")  # after any of these but .parquet, which compresses by itself
 FILL = "Remove it from data.source, or fill it."
 
 
@@ -35,15 +36,28 @@ def expand(source: str) -> list[Path]:
     """List the files that a path or glob names, sorted. Raises MptError where none can be read."""
     paths = _matching(source) if has_magic(source) else [_existing(source)]
     for path in paths:
-        if path.suffix.lower() not in SUFFIXES:
+        if kind_of(path) not in SUFFIXES:
             raise MptError(
-                f"data.source: {path} is of no known kind", remedy=f"mpt reads {' '.join(SUFFIXES)}, by the suffix."
+                f"data.source: {path} is of no known kind",
+                remedy=f"mpt reads {' '.join(SUFFIXES)}, by the suffix; all but .parquet also with "
+                f"{' or '.join(COMPRESSED)} after it.",
             )
         if not os.access(path, os.R_OK):
             raise MptError(f"data.source: {path} can't be read", remedy="Mend its permissions.")
     if not any(path.stat().st_size for path in paths):
         raise MptError(f"data.source: {source} is empty", remedy=FILL)
     return paths
+
+
+def kind_of(path: Path) -> str:
+    """Give the suffix that says what a file holds, without that of its compression.
+
+    >>> kind_of(Path("a.JSONL")), kind_of(Path("a.b.jsonl.gz")), kind_of(Path("a.parquet.gz"))
+    ('.jsonl', '.jsonl', '.gz')
+    """
+    suffix = path.suffix.lower()
+    inner = Path(path.stem).suffix.lower()
+    return inner if suffix in COMPRESSED and inner in SUFFIXES and inner != ".parquet" else suffix
 
 
 def _matching(pattern: str) -> list[Path]:

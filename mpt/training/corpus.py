@@ -1,52 +1,111 @@
-"""Read text: the built-in corpus, files, hub data sets. Every source becomes a `datasets` table, a document a row, with
-one column, `text`.
+"""Read the recipe's data: the built-in corpus, files, hub data sets. Every source becomes a `datasets` table, mapped
+from the disk: a document a row with one column, `text` (`read_corpus`), or rows with all their columns (`read_rows`).
 
-Reading is left to `datasets`; only when it fails are the files read again here, to say which line of which file is
-wrong. Called by `mpt.training.data`.
+Files are read by `mpt.training.row_files`, which knows the line of each row; hub data sets by `datasets`. Called by
+`mpt.training.data` and by the tasks.
 """
 
-import csv
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from mpt.errors import MptError
 from mpt.recipe.schema import DataSection
-from mpt.recipe.sources import FILL, check_builtin, expand
+from mpt.recipe.sources import check_builtin, expand, kind_of
+from mpt.training.bad_rows import SHOWN, BadRows
+from mpt.training.cache import digest
+from mpt.training.row_files import TEXT, BadRow
+from mpt.training.row_tables import checked_rows, groups, read_table
 
-TEXT = "text"
-
-# Suffix -> the builder of `datasets`, and its options. Of a CSV every cell is taken as it stands: pandas would turn
-# "NA", "null" and an empty cell into missing values.
-BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {"sample_by": "document"}),
-    ".md": ("text", {"sample_by": "document"}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", {"keep_default_na": False, "na_filter": False}),
-    ".parquet": ("parquet", {}),
-}
-
-BUILDING_FAILED = (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid, ValueError, OSError)
+READING_FAILED = (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid, ValueError, OSError)
 
 
-def read_corpus(section: DataSection, source: str | list[str], *, split: str) -> datasets.Dataset:
-    """Read every document of `source`; `split` is for hub data sets.
+def no_beat() -> None:
+    """Say nothing of the progress."""
+
+
+def read_corpus(
+    section: DataSection,
+    source: str | list[str],
+    *,
+    split: str,
+    bad: BadRows | None = None,
+    beat: Callable[[], None] = no_beat,
+) -> datasets.Dataset:
+    """Read every document of `source`; `split` is for hub data sets. `bad` comes to know what is left out.
 
     Raises MptError for what can't be read or holds no text.
     """
     sources = [source] if isinstance(source, str) else source
-    tables = [_read_one(section, one, split=split) for one in sources]
+    bad = BadRows(section.max_bad_rows) if bad is None else bad
+    tables = [
+        table
+        for one in sources
+        for table in _tables(
+            section, one, split, lambda kind: TEXT if is_plain(kind) else section.text_column, bad, beat
+        )
+    ]
     table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
-    column = table.data.column(TEXT)
-    if len(table) == 0 or not pc.any(pc.not_equal(pc.utf8_trim_whitespace(column), "")).as_py():
+    bad.check_share(len(table))
+    if not any(_holds_text(chunk) for chunk in table.data.column(TEXT).chunks):
         raise MptError(f"the data set is empty: {_named(sources)} holds no text", remedy="Check data.source.")
     return table
+
+
+def read_rows(
+    section: DataSection,
+    source: str | list[str],
+    *,
+    split: str,
+    bad: BadRows | None = None,
+    beat: Callable[[], None] = no_beat,
+) -> datasets.Dataset:
+    """Read every row of `source` with all its columns; lists and objects come back as they were written.
+
+    Raises MptError for what can't be read, for rows that contradict each other, and where there is none.
+    """
+    sources = [source] if isinstance(source, str) else source
+    bad = BadRows(section.max_bad_rows) if bad is None else bad
+    tables = [table for one in sources for table in _tables(section, one, split, lambda _kind: None, bad, beat)]
+    try:
+        table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+    except (ValueError, TypeError, pa.ArrowInvalid) as error:
+        raise MptError(
+            f"the files of {_named(sources)} have different columns: {_one_line(error)}",
+            remedy="Make their rows alike, or train on those of one kind.",
+        ) from error
+    bad.check_share(len(table))
+    if len(table) == 0:
+        raise MptError(f"the data set is empty: {_named(sources)} has no rows", remedy="Check data.source.")
+    return table
+
+
+def explain_rows(
+    section: DataSection, source: str | list[str], check: Callable[[dict[str, Any]], BadRow | None]
+) -> None:
+    """Raise MptError with file and line (of a Parquet file or a JSON array: the row) for the first row of `source` that
+    `check` finds wrong; return where it finds none. For local files; rows that `read_rows` leaves out are passed over.
+    """
+    for place, row in rows_with_places(section, source):
+        found = check(row)
+        if found is not None:
+            raise MptError(f"{place}: {found.problem}", remedy=found.remedy)
+
+
+def rows_with_places(section: DataSection, source: str | list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of local files in the order of the table, each with its place."""
+    for one in [source] if isinstance(source, str) else source:
+        if one.startswith(("hub:", "builtin:")):
+            continue
+        for paths in groups(expand(one)):
+            for place, row in checked_rows(paths, None, max_row_bytes=section.max_row_bytes):
+                if not isinstance(row, BadRow):
+                    yield place, row
 
 
 def stream_corpus(section: DataSection, source: str | list[str], *, split: str) -> datasets.IterableDataset:
@@ -54,14 +113,20 @@ def stream_corpus(section: DataSection, source: str | list[str], *, split: str) 
     sources = [source] if isinstance(source, str) else source
     streams = []
     for one in sources:
-        stream = _load_hub(section, one, split, streaming=True) if one.startswith("hub:") else _stream_files(one)
-        column = TEXT if _is_plain_text(one) else section.text_column
-        first = next(iter(stream), None)
+        if one.startswith("hub:"):
+            stream = _load_hub(section, one, split, streaming=True)
+            first = next(iter(stream), None)
+            if first is not None:
+                _check_column(list(first), section.text_column, one)
+                stream = stream.select_columns([section.text_column])
+                if section.text_column != TEXT:
+                    stream = stream.rename_columns({section.text_column: TEXT})
+        else:
+            stream = _stream_files(section, one)
+            first = next(iter(stream), None)
         if first is None:
             raise MptError(f"the data set is empty: {one}", remedy="Check data.source.")
-        _check_column(list(first), column, one)
-        stream = stream.select_columns([column]).rename_columns({} if column == TEXT else {column: TEXT})
-        # A csv's text is a string and a jsonl's may be a large_string, which don't join.
+        # The types of a string are two, which don't join.
         streams.append(stream.cast(datasets.Features({TEXT: datasets.Value("string")})))
     return streams[0] if len(streams) == 1 else datasets.concatenate_datasets(streams)
 
@@ -73,54 +138,103 @@ def builtin_documents() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _read_one(section: DataSection, source: str, *, split: str) -> datasets.Dataset:
+def is_plain(kind: str) -> bool:
+    """Whether files of a kind are text as they stand, without columns."""
+    return kind in (".txt", ".md")
+
+
+def _tables(
+    section: DataSection,
+    source: str,
+    split: str,
+    column_of: Callable[[str], str | None],
+    bad: BadRows,
+    beat: Callable[[], None],
+) -> Iterator[datasets.Dataset]:
+    """Read one source as tables, with the column that `column_of` names for a kind of file, or with all (None)."""
     if source.startswith("builtin:"):
         check_builtin(source)
-        return datasets.Dataset.from_dict({TEXT: builtin_documents()})
+        texts = builtin_documents()
+        table = datasets.Dataset.from_dict({TEXT: texts})
+        table._fingerprint = digest("builtin", texts)
+        yield table
+        return
     if source.startswith("hub:"):
         table = _load_hub(section, source, split, streaming=False)
-        return _text_only(table, section.text_column, source)
-    by_kind: list[list[Path]] = []
-    for path in expand(source):
-        # One builder for a stretch of files of one kind keeps the order of the files.
-        if by_kind and by_kind[-1][0].suffix.lower() == path.suffix.lower():
-            by_kind[-1].append(path)
-        else:
-            by_kind.append([path])
-    tables = [_read_files(paths, section.text_column) for paths in by_kind]
-    return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+        column = column_of("hub")
+        yield table if column is None else _text_only(table, column, source, bad)
+        return
+    for paths in groups(expand(source)):
+        kind = kind_of(paths[0])
+        column = column_of(kind)
+        if kind == ".parquet" and column is None:
+            yield _load_parquet(paths)
+            continue
+        told = bad.count
+        found = read_table(
+            paths,
+            column,
+            max_row_bytes=section.max_row_bytes,
+            on_bad=lambda place, row: bad.add(place, row.problem, row.remedy),
+            beat=beat,
+        )
+        if found.bad and bad.count == told:  # it comes from the cache
+            for place, problem, remedy in found.examples:
+                bad.add(place, problem, remedy)
+            bad.add_unnamed(found.bad - len(found.examples))
+        yield found.table
 
 
-def _read_files(paths: Sequence[Path], text_column: str) -> datasets.Dataset:
-    builder, options = BUILDERS[paths[0].suffix.lower()]
-    column = TEXT if builder == "text" else text_column
+def _load_parquet(paths: Sequence[Path]) -> datasets.Dataset:
+    """Load Parquet files with their own types."""
     try:
-        table = datasets.load_dataset(builder, data_files=[str(path) for path in paths], split="train", **options)
-    except (*BUILDING_FAILED, StopIteration) as error:
-        for path in paths:
-            _explain(path, column)
-        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
-            raise MptError(f"{_named([str(path) for path in paths])} is empty: it has no rows", remedy=FILL) from error
-        cause = error.__cause__ or error
+        return datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
+    except READING_FAILED as error:
         raise MptError(
-            f"{_named([str(path) for path in paths])} can't be read: {_one_line(cause)}",
+            f"{_named([str(path) for path in paths])} can't be read: {_one_line(error.__cause__ or error)}",
             remedy="Mend the file; the worker's log holds the whole message.",
         ) from error
-    return _text_only(table, column, _named([str(path) for path in paths]), paths)
 
 
-def _stream_files(source: str) -> datasets.IterableDataset:
+def _stream_files(section: DataSection, source: str) -> datasets.IterableDataset:
+    """Stream the texts of files, a file a shard; a bad row ends it, or is left out where so many are allowed."""
     paths = expand(source)
-    kinds = {path.suffix.lower() for path in paths}
+    kinds = {kind_of(path) for path in paths}
     if len(kinds) > 1:
         raise MptError(
             f"data.source: {source} names files of several kinds, {' '.join(sorted(kinds))}",
             remedy="Streaming reads one kind a source: list a pattern for each kind.",
         )
-    builder, options = BUILDERS[kinds.pop()]
-    return datasets.load_dataset(
-        builder, data_files=[str(path) for path in paths], split="train", streaming=True, **options
+    column = TEXT if is_plain(kinds.pop()) else section.text_column
+    return datasets.IterableDataset.from_generator(
+        stream_texts,
+        features=datasets.Features({TEXT: datasets.Value("string")}),
+        gen_kwargs={
+            "paths": [str(path) for path in paths],
+            "column": column,
+            "max_row_bytes": section.max_row_bytes,
+            "allowed": section.max_bad_rows,
+        },
     )
+
+
+def stream_texts(paths: list[str], column: str, max_row_bytes: int, allowed: float) -> Iterator[dict[str, Any]]:
+    """Yield the rows of files that hold text.
+
+    A number of bad rows is allowed of each pass over the files by one process; a share, of the rows of each file.
+    """
+    bad = BadRows(allowed)
+    for path in paths:
+        good = 0
+        if allowed < 1:
+            bad = BadRows(allowed)
+        for place, row in checked_rows([Path(path)], column, max_row_bytes=max_row_bytes):
+            if isinstance(row, BadRow):
+                bad.add(place, row.problem, row.remedy)
+            else:
+                good += 1
+                yield row
+        bad.check_share(good)
 
 
 def _load_hub(section: DataSection, source: str, split: str, *, streaming: bool) -> Any:
@@ -138,34 +252,28 @@ def _load_hub(section: DataSection, source: str, split: str, *, streaming: bool)
         ) from error
 
 
-def _text_only(table: datasets.Dataset, column: str, source: str, paths: Sequence[Path] = ()) -> datasets.Dataset:
-    """Keep the text column alone, after making sure that it is there and holds text in every row."""
+def _text_only(table: datasets.Dataset, column: str, source: str, bad: BadRows) -> datasets.Dataset:
+    """Keep the text column of a hub data set alone, after making sure that it is there and holds text in every row."""
     _check_column(table.column_names, column, source)
     kind = getattr(table.features[column], "dtype", type(table.features[column]).__name__)
     if kind not in ("string", "large_string"):
-        for path in paths:
-            _explain(path, column)
         raise MptError(
             f"{source}: column {column} holds {kind}, not text",
             remedy="Name the column of the text with data.text_column.",
         )
-    try:  # pyarrow's JSON and Parquet readers let bytes through that are no UTF-8
+    try:  # pyarrow lets bytes through that are no UTF-8
         table.data.column(column).validate(full=True)
     except pa.ArrowInvalid as error:
-        for path in paths:
-            _explain(path, column)
         raise MptError(
             f"{source}: column {column} is not UTF-8", remedy="Write the file anew with its text in UTF-8."
         ) from error
-    nulls = table.data.column(column).null_count
-    if nulls:
-        for path in paths:
-            _explain(path, column)
-        row = pc.index(pc.is_null(table.data.column(column)), True).as_py() + 1
-        raise MptError(
-            f"{source}: {nulls} of {len(table)} rows have no text in column {column}; the first is row {row}",
-            remedy="Remove those rows, or give them a text (an empty one is skipped).",
-        )
+    if table.data.column(column).null_count:
+        is_null = np.concatenate([pc.is_null(chunk).to_numpy(False) for chunk in table.data.column(column).chunks])
+        missing = np.flatnonzero(is_null)
+        for row in missing[:SHOWN]:
+            bad.add(f"{source}: row {row + 1}", f"{column} is null, not text", "Remove such rows.")
+        bad.add_unnamed(len(missing) - SHOWN)
+        table = table.select(np.flatnonzero(~is_null))
     table = table.select_columns([column])
     if column != TEXT:
         table = table.rename_column(column, TEXT)
@@ -180,75 +288,8 @@ def _check_column(columns: Sequence[str], column: str, source: str) -> None:
         )
 
 
-def _explain(path: Path, column: str) -> None:
-    """Raise an MptError with file and line if the file itself is wrong; return if it looks right."""
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise MptError(
-            f"{path} can't be read: {error.strerror}", remedy="Check the path and its permissions."
-        ) from error
-    if path.suffix.lower() == ".parquet":
-        return
-    if not raw.strip():
-        raise MptError(f"{path} is empty", remedy=FILL)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise MptError(
-            f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x} at offset {error.start})",
-            remedy=f"Convert it, for example: iconv -f latin1 -t utf-8 {path} > new{path.suffix}",
-        ) from error
-    for place, row in _rows(path, text, column):
-        if not isinstance(row, dict):
-            raise MptError(f"{place}: not a JSON object", remedy=f'Each line is an object: {{"{column}": "..."}}.')
-        if column not in row and row:
-            continue  # columns as a whole are judged where they are known
-        if not isinstance(row.get(column), str):
-            found = "null" if row.get(column) is None else type(row[column]).__name__
-            raise MptError(
-                f"{place}: {column} is {found}, not text", remedy="Give every row a text, or remove the row."
-            )
-
-
-def _rows(path: Path, text: str, column: str) -> Iterator[tuple[str, Any]]:
-    """Yield (place, row) for each row of a JSON, JSON lines or CSV file; raise MptError for a malformed one."""
-    kind = path.suffix.lower()
-    if kind == ".csv":
-        lines = csv.DictReader(text.splitlines())
-        for row in lines:
-            if None in row:
-                raise MptError(
-                    f"{path}:{lines.line_num}: more cells than the header has", remedy="Quote cells that hold a comma."
-                )
-            yield f"{path}:{lines.line_num}", {key: value or "" for key, value in row.items()}
-        return
-    if kind == ".json":
-        try:
-            whole = json.loads(text)
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":  # else JSON lines under the name .json
-                raise MptError(f"{path}:{error.lineno}: not JSON: {error.msg}", remedy="Mend that line.") from error
-        else:
-            rows = whole if isinstance(whole, list) else [whole]
-            yield from ((f"{path}: row {number}", row) for number, row in enumerate(rows, 1))
-            return
-    if kind in (".json", ".jsonl"):
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise MptError(
-                    f"{path}:{number}: not JSON: {error.msg} at column {error.colno}",
-                    remedy="Mend or remove that line: JSON lines hold one object a line.",
-                ) from error
-
-
-def _is_plain_text(source: str) -> bool:
-    return not source.startswith("hub:") and BUILDERS.get(Path(source).suffix.lower(), ("", {}))[0] == "text"
+def _holds_text(chunk: pa.Array) -> bool:
+    return bool(pc.any(pc.not_equal(pc.utf8_trim_whitespace(chunk), "")).as_py())
 
 
 def _named(sources: Sequence[str]) -> str:

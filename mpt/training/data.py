@@ -3,7 +3,8 @@
 What the reader should hear of (a remainder dropped, documents truncated) comes back as notices.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -13,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mpt.errors import MptError
 from mpt.recipe.schema import DataSection
-from mpt.training.corpus import TEXT, read_corpus, stream_corpus
+from mpt.training.bad_rows import BadRows
+from mpt.training.corpus import no_beat, read_corpus, stream_corpus
 from mpt.training.packing import PackedBlocks
+from mpt.training.row_files import TEXT
 
 STREAMED_EVAL_DOCUMENTS = 200
 SHUFFLE_BUFFER = 10_000
@@ -38,22 +41,32 @@ class Samples:
     notices: tuple[str, ...] = ()
 
 
-def read_documents(section: DataSection, *, seed: int) -> Documents:
+def read_documents(section: DataSection, *, seed: int, beat: Callable[[], None] = no_beat) -> Documents:
     """Read the recipe's text and hold out what is evaluated on; the split is by document and repeats for a seed."""
     if section.streaming:
         return _streamed(section, seed)
-    train = read_corpus(section, section.source, split=section.split)
-    if section.eval_source is not None:
-        return Documents(train, read_corpus(section, section.eval_source, split=section.split))
-    if section.eval_split is not None:
-        return Documents(train, read_corpus(section, section.source, split=section.eval_split))
+    train, notices = _read(section, section.source, section.split, beat)
+    if section.eval_source is not None or section.eval_split is not None:
+        source = section.source if section.eval_source is None else section.eval_source
+        held_out, more = _read(section, source, section.eval_split or section.split, beat)
+        return Documents(train, held_out, (*notices, *more))
     if section.eval_fraction == 0:
-        return Documents(train, None)
+        return Documents(train, None, notices)
     count = int(len(train) * section.eval_fraction + 0.5)
     if count == 0:
-        return _cut_tail(train, section.eval_fraction)
+        cut = _cut_tail(train, section.eval_fraction)
+        return replace(cut, notices=(*notices, *cut.notices))
     order = np.random.default_rng(seed).permutation(len(train))
-    return Documents(train.select(np.sort(order[count:])), train.select(np.sort(order[:count])))
+    return Documents(train.select(np.sort(order[count:])), train.select(np.sort(order[:count])), notices)
+
+
+def _read(
+    section: DataSection, source: str | list[str], split: str, beat: Callable[[], None]
+) -> tuple[datasets.Dataset, tuple[str, ...]]:
+    """Read documents, and say what was left out."""
+    bad = BadRows(section.max_bad_rows)
+    table = read_corpus(section, source, split=split, bad=bad, beat=beat)
+    return table, tuple(bad.notices(len(table)))
 
 
 def prepare_samples(

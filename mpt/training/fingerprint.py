@@ -18,9 +18,10 @@ from transformers import PreTrainedTokenizerBase
 
 from mpt.recipe.schema import DataSection
 from mpt.recipe.sources import expand
-from mpt.training.corpus import TEXT, stream_corpus
+from mpt.training.corpus import stream_corpus
 from mpt.training.data import Documents, Samples, identify
 from mpt.training.packing import PackedBlocks
+from mpt.training.row_files import TEXT
 
 PIECE = 1 << 18  # bytes; a file of at most three pieces is read whole
 ROWS = 100  # of a streamed hub data set

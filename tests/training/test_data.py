@@ -1,11 +1,13 @@
 """Text from files to samples, and what is said of text that can't be used."""
 
+import gzip
 import json
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 import torch
 
@@ -40,6 +42,10 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
 
 def write_texts(folder: Path, kind: str) -> str | list[str]:
     """Write TEXTS in a format; give the source that names them."""
+    if kind.endswith((".gz", ".zst")):
+        plain = write_texts(folder, kind.rpartition(".")[0])
+        packed = [pack(Path(name), kind) for name in ([plain] if isinstance(plain, str) else plain)]
+        return packed if isinstance(plain, list) else packed[0]
     if kind in (".txt", ".md"):
         return [write(folder, f"{number}{kind}", text) for number, text in enumerate(TEXTS)]
     rows = [{"id": number, "text": text} for number, text in enumerate(TEXTS)]
@@ -53,11 +59,21 @@ def write_texts(folder: Path, kind: str) -> str | list[str]:
     return path
 
 
+def pack(path: Path, kind: str) -> str:
+    """Compress a file, which goes."""
+    codec = "gzip" if kind.endswith(".gz") else "zstd"
+    path.with_name(path.name + Path(kind).suffix).write_bytes(pa.compress(path.read_bytes(), codec, asbytes=True))
+    path.unlink()
+    return str(path.with_name(path.name + Path(kind).suffix))
+
+
 def read(source: str | list[str], **keys: Any) -> list[str]:
     return list(read_corpus(DataSection(source=source, **keys), source, split="train")["text"])
 
 
-@pytest.mark.parametrize("kind", [".txt", ".md", ".jsonl", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize(
+    "kind", [".txt", ".md", ".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".csv.gz", ".jsonl.zst", ".txt.zst"]
+)
 def test_every_format_gives_the_documents_as_they_were_written(kind: str, tmp_path: Path) -> None:
     source = write_texts(tmp_path / "data", kind)
     before = sorted((tmp_path / "data").iterdir())
@@ -102,12 +118,21 @@ def test_a_file_that_changed_is_read_anew(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": "good"}\n{"text": "torn\n', ["a.jsonl:2: not JSON"]),
         ("a.jsonl", '{"text": "good"}\n["a list"]\n', ["a.jsonl:2: not a JSON object"]),
         ("a.jsonl", '{"text": "good"}\n{"text": null}\n', ["a.jsonl:2: text is null, not text"]),
-        ("a.jsonl", '{"text": "good"}\n{"text": 7}\n', ["a.jsonl:2: text is int, not text"]),
-        ("a.jsonl", '{"text": 7}\n', ["a.jsonl:1: text is int, not text"]),
+        ("a.jsonl", '{"text": "good"}\n{"text": 7}\n', ["a.jsonl:2: text is a number, not text"]),
+        ("a.jsonl", '{"text": 7}\n', ["a.jsonl:1: text is a number, not text"]),
         ("a.jsonl", '{"title": "x", "body": "y"}\n', ["no column text", "title, body"]),
         ("a.csv", "title,body\nx,y\n", ["no column text", "title, body"]),
         ("a.json", '[{"text": "a"},\n {"text": }]', ["a.json:2: not JSON"]),
         ("a.parquet", "no parquet", ["a.parquet"]),
+        ("a.jsonl.gz", "no gzip", ["a.jsonl.gz can't be read: Not a gzipped file"]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "good"}\n')[:-9], ["a.jsonl.gz can't be read: Compressed file ended"]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "good"}\n{"text"'), ["a.jsonl.gz:2: not JSON"]),
+        ("a.jsonl.zst", "no zstd", ["a.jsonl.zst can't be read"]),
+        ("a.parquet.gz", "x", ["a.parquet.gz is of no known kind"]),
+        ("a.jsonl", '{"text": "\\ud83d"}\n', ["a.jsonl:1: \\ud83d is half of a surrogate pair"]),
+        ("a.jsonl", "[" * 100_000, ["a.jsonl:1: not JSON that can be read"]),
+        ("a.csv", "text\ngood,more\n", ["a.csv:2: 2 cells, more cells than the header has (1)"]),
+        ("a.jsonl", '{"text": "a\u2028b"}\n{"text"}\n', ["a.jsonl:2: not JSON"]),
     ],
 )
 def test_text_that_cannot_be_used_is_refused_with_its_place(

@@ -13,7 +13,8 @@ class DataSection(Section):
 
     source: Text | list[Text]
     """`builtin:python-reference` (the Python language reference, on every machine), a local file or glob, or a list of
-    them (.txt .md .jsonl .json .csv .parquet), or `hub:OWNER/NAME` for `datasets.load_dataset`."""
+    them (.txt .md .jsonl .json .csv, each also with .gz or .zst, and .parquet), or `hub:OWNER/NAME` for
+    `datasets.load_dataset`."""
     config: Text | None = None
     """Configuration name of a hub data set, such as `wikitext-2-raw-v1`."""
     revision: Text | None = None
@@ -45,6 +46,12 @@ class DataSection(Section):
     sample, truncated at `sequence_length`; how many were is reported."""
     streaming: Flag = False
     """Read and tokenise while training, for data larger than the disk cache. Needs `training.max_steps`."""
+    max_bad_rows: Annotated[Number, Field(ge=0)] = 0
+    """Rows that may be left out because they can't be used (broken JSON or UTF-8, no text, another schema than the rows
+    before): a number, or below 1 a share of all rows. 0: the first one ends the run, with its file and line."""
+    max_row_bytes: Annotated[Integer, Field(ge=1024)] = 1 << 24
+    """Longest row that is read, in bytes; what is longer is a bad row, and never stands in memory. Plain text files may
+    be of any length: they are read as documents of about 1 MiB, cut at the ends of lines."""
 
     @model_validator(mode="after")
     def _sources_fit(self) -> Self:
@@ -64,6 +71,8 @@ class DataSection(Section):
             raise ValueError("eval_source, eval_split and eval_fraction are three ways to say one thing; keep one")
         if self.eval_split is not None and "eval_fraction" in self.model_fields_set:
             raise ValueError("eval_split and eval_fraction are two ways to say one thing; keep one")
+        if self.max_bad_rows >= 1 and self.max_bad_rows != int(self.max_bad_rows):
+            raise ValueError(f"max_bad_rows: {self.max_bad_rows:g} is neither a whole number nor a share below 1")
         if self.streaming and not is_hub and any(source.startswith("builtin:") for source in sources):
             raise ValueError("streaming is for large data, and the built-in corpus is half a megabyte; leave it out")
         return self

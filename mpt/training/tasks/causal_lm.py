@@ -8,9 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mpt.planning.plan import Plan
 from mpt.training import data
 from mpt.training.collation import PackedCollator, PaddedCollator
-from mpt.training.corpus import TEXT
 from mpt.training.data import Documents, Samples, prepare_samples
 from mpt.training.model import build_causal_lm
+from mpt.training.row_files import TEXT
 
 
 def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
