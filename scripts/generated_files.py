@@ -82,14 +82,17 @@ def deepspeed_configurations() -> dict[str, str]:
 
 
 def readme() -> dict[str, str]:
-    """Write the recipe reference between its two markers in the README."""
+    """Write the README's generated parts, each between its two markers."""
     from mpt.recipe.reference import recipe_reference
+    from mpt.reporting.checklist_table import checklist_reference
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    begin, end = "<!-- recipe reference: generated -->", "<!-- end of the recipe reference -->"
-    head, _, rest = text.partition(begin)
-    _, _, tail = rest.partition(end)
-    return {"README.md": f"{head}{begin}\n\n{recipe_reference()}\n{end}{tail}"}
+    for name, made in (("recipe reference", recipe_reference()), ("checklist", checklist_reference())):
+        begin, end = f"<!-- {name}: generated -->", f"<!-- end of the {name} -->"
+        head, _, rest = text.partition(begin)
+        _, _, tail = rest.partition(end)
+        text = f"{head}{begin}\n\n{made}\n{end}{tail}"
+    return {"README.md": text}
 
 
 MAKERS: tuple[Callable[[], dict[str, str]], ...] = (

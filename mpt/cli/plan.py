@@ -6,16 +6,23 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from mpt.planning.checklist.point import Case
     from mpt.planning.plan import Plan
 
 
 def make_plan(recipe: str, overrides: list[str], machine: str | None, name: str | None) -> "Plan":
     """Read, detect, learn, resolve: the way from a recipe to its plan that every command goes."""
+    return make_case(recipe, overrides, machine, name).plan
+
+
+def make_case(recipe: str, overrides: list[str], machine: str | None, name: str | None) -> "Case":
+    """Make the plan, and keep what it takes to plan the same with other values."""
     import os
 
     from mpt.hardware.detect import detect_machine
     from mpt.hardware.packages import installed_packages
     from mpt.hardware.specs import parse_machine
+    from mpt.planning.checklist.point import Case
     from mpt.planning.model_facts import learn_model_facts
     from mpt.planning.modules import learn_modules
     from mpt.planning.plan import resolve
@@ -26,14 +33,16 @@ def make_plan(recipe: str, overrides: list[str], machine: str | None, name: str 
     loaded = load_recipe(path, overrides)
     where = detect_machine(os.environ) if machine is None else parse_machine(machine)
     packages = installed_packages() if machine is None else None
-    return resolve(
+    modules = learn_modules(loaded)
+    made = resolve(
         loaded,
         where,
         learn_model_facts(loaded),
         name=name or loaded.name or path.stem,
         packages=packages,
-        modules=learn_modules(loaded),
+        modules=modules,
     )
+    return Case(made, packages, None if modules is None else tuple(modules))
 
 
 def plan(

@@ -63,7 +63,7 @@ def apply(
     """
     if not repairs:
         return plan
-    recipe = _pin(plan)
+    recipe = pinned(plan)
     for repair in repairs:
         recipe = KINDS[repair.kind](recipe, plan, repair.values)
     repaired = resolve(recipe, plan.machine, plan.facts, name=plan.name, modules=modules, packages=packages)
@@ -146,7 +146,7 @@ def with_keys(recipe: Recipe, keys: Mapping[str, Any]) -> Recipe:
     return Recipe.model_validate(data)
 
 
-def _pin(plan: Plan) -> Recipe:
+def pinned(plan: Plan) -> Recipe:
     """Write into the recipe what was planned of batch and layout."""
     keys = {
         "training.per_device_train_batch_size": None,

@@ -73,6 +73,7 @@ def test_torch_is_imported_in_the_training_folder_alone(path: Path) -> None:
         ["recipes", "list"],
         ["schema"],
         ["formats", "0.1"],
+        ["doctor", "quickstart", "--machine", "T4"],
         ["train", "quickstart", "--dry-run"],
     ],
     ids=lambda arguments: arguments[0],
