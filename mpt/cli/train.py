@@ -185,6 +185,7 @@ def _check_machine(plan: "Plan", asked: str | None) -> None:
 def _check_packages(plan: "Plan") -> None:
     from mpt.errors import UnsupportedError
     from mpt.hardware.packages import installed_packages
+    from mpt.planning.trackers import choose_trackers
 
     extras = {"torch": "train", "transformers": "train", "accelerate": "train", "datasets": "train"}
     if plan.deepspeed is not None:
@@ -195,6 +196,7 @@ def _check_packages(plan: "Plan") -> None:
             f"training needs packages that are not installed: {', '.join(missing)}",
             remedy=f"pip install 'mpt[{','.join(sorted({extras[package] for package in missing}))}]'",
         )
+    choose_trackers(plan.recipe, installed_packages())  # with --machine the plan did not know what is installed
 
 
 def _carry_out(

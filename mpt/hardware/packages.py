@@ -15,6 +15,9 @@ CONSIDERED = (
     "torchao",
     "transformer_engine",
     "transformers",
+    # Trackers (`mpt.recipe.trackers`).
+    *("azureml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "flytekit", "mlflow", "neptune"),
+    *("swanlab", "tensorboard", "trackio", "wandb"),
 )
 
 

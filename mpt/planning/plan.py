@@ -22,6 +22,7 @@ from mpt.planning.modules import ModuleShape
 from mpt.planning.number_formats import check_static_scale
 from mpt.planning.precision import CheckpointFacts, choose_precision
 from mpt.planning.sharding import choose_layout, formats_for
+from mpt.planning.trackers import choose_trackers, tracker_arguments
 from mpt.planning.training_arguments import to_training_arguments
 from mpt.recipe.schema import Recipe
 from mpt.recipe.training_keys import training_arguments
@@ -148,6 +149,7 @@ def resolve(
     )
     samples_a_rank = layout.global_batch_size.value // layout.world_size.value
     check_static_scale(formats["loss_scale"].value, tokens=samples_a_rank * sequence_length.value)
+    trackers = choose_trackers(recipe, packages)
     keywords = to_training_arguments(
         recipe,
         precision=precision.value,
@@ -158,7 +160,7 @@ def resolve(
         by_deepspeed=layout.strategy.value.zero_stage is not None,
         by_deepspeed_autocast=has_islands and layout.strategy.value.zero_stage is not None,
         compiles=compile_.value,
-    )
+    ) | tracker_arguments(trackers.value, recipe, name)
     values: dict[str, Decision[Any]] = {
         "task": _asked_or_default(recipe, "task", recipe.task.value, "predict the next token"),
         "method": method,
@@ -187,6 +189,7 @@ def resolve(
         "learning_rate": _training_value(recipe, "learning_rate"),
         "lr_scheduler": _training_value(recipe, "lr_scheduler_type"),
         "max_steps": _max_steps(recipe),
+        "trackers": trackers,
         "background_saving": choose_background_saving(
             recipe, machine, layout.memory, layout.strategy.value, method.value
         ),

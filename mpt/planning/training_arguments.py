@@ -43,7 +43,6 @@ def to_training_arguments(
         "lr_scheduler_type": "linear",
         # Our defaults, the recipe's keys over them.
         "ddp_find_unused_parameters": False,
-        "report_to": "none",
         "optim": "adamw_torch_fused",
     }
     keywords |= {key: value for key, value in asked.items() if key not in OURS}

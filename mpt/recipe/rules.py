@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 
 from mpt.recipe.schema import Recipe, TokenizerSection
 from mpt.recipe.sources import BUILTIN
+from mpt.recipe.suggestions import nearest
+from mpt.recipe.trackers import TRACKERS, asked_trackers
 from mpt.recipe.yaml_tree import Flaw
 from mpt.terms import Task
 
@@ -187,6 +189,18 @@ def _task_has_its_keys(recipe: Recipe) -> Iterator[Flaw]:
         yield Flaw(("data", "packing"), "joined documents have no label of their own", "leave packing out")
 
 
+def _trackers(recipe: Recipe) -> Iterator[Flaw]:
+    asked = asked_trackers(recipe)
+    for name in asked:
+        if name != "all" and name not in TRACKERS:
+            near = nearest(name, TRACKERS)
+            guess = f"did you mean {near}?" if near else f"there are {', '.join(TRACKERS)}, all and none"
+            yield Flaw(("training", "report_to"), f"transformers reports to no {name!r}", guess)
+    listed = recipe.training_keys.get("report_to")
+    if ("all" in asked and len(asked) > 1) or (isinstance(listed, list) and "none" in listed and len(listed) > 1):
+        yield Flaw(("training", "report_to"), "all and none stand alone", "write one of them, or names")
+
+
 RULES: tuple[Callable[[Recipe], Iterator[Flaw]], ...] = (
     _batch_divides,
     _evaluation,
@@ -197,4 +211,5 @@ RULES: tuple[Callable[[Recipe], Iterator[Flaw]], ...] = (
     _tokenizer,
     _builtin_exists,
     _task_has_its_keys,
+    _trackers,
 )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mpt.planning.plan import Plan
 from mpt.running.run_directory import AttemptDirectory, RunDirectory, write_atomically, writing
+from mpt.running.trackers import tracker_environment
 
 WORKER = (sys.executable, "-m", "mpt.training.worker")
 # Marks every process of an attempt, so that each can be found whatever became of its parents.
@@ -55,7 +56,8 @@ def build_command(
         place = ("--max-restarts", "0", "--local-addr", "127.0.0.1", "--no-python")
         argv = (*torchrun, *meeting, *place, *argv)
     without = tuple(key for key in environment if key in FOREIGN or key.startswith(FOREIGN_PREFIXES))
-    return Command(argv, _environment(plan, processes, environment), without)
+    added = _environment(plan, processes, environment)
+    return Command(argv, added | tracker_environment(plan.value("trackers"), run, environment), without)
 
 
 def _environment(plan: Plan, processes: int, environment: Mapping[str, str]) -> dict[str, str]:

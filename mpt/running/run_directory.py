@@ -96,6 +96,11 @@ class RunDirectory:
         return self.path / "tokenizer"
 
     @property
+    def trackers(self) -> Path:
+        """The ids of this run in its trackers."""
+        return self.path / "trackers.json"
+
+    @property
     def final(self) -> Path:
         return self.path / "final"
 

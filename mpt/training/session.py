@@ -41,6 +41,7 @@ from mpt.training.saving import full_weights, save_final
 from mpt.training.step_watch import StepWatch
 from mpt.training.tasks import evaluation_of, task_module
 from mpt.training.tokenizer import is_trained, load_tokenizer, read_tokenizer, trained_tokenizer
+from mpt.training.trackers import Trackers
 from mpt.training.trainer import PlanTrainer, data_seed
 
 
@@ -120,8 +121,12 @@ def train(
             **evaluation_of(task, plan),
         )
     resume_from = None if plan.resume_from is None else str(run.checkpoints / plan.resume_from)
-    trainer.train(resume_from_checkpoint=resume_from)
-    return _finish(plan, run, trainer, tokenizer, phase, barrier)
+    trackers = Trackers(trainer, journal)
+    try:
+        trainer.train(resume_from_checkpoint=resume_from)
+        return _finish(plan, run, trainer, tokenizer, phase, barrier)
+    finally:
+        trackers.close()
 
 
 def _prepare(

@@ -37,6 +37,7 @@ from mpt.training.precision.reduction import ReduceIn, reduce_in
 from mpt.training.precision.transformer_engine import checkpoint_contexts
 from mpt.training.replay import Replay
 from mpt.training.step_watch import StepWatch
+from mpt.training.trackers import keep_tracker_runs
 
 
 class PlanTrainer(Trainer):
@@ -350,6 +351,7 @@ class StepHooks(TrainerCallback):
         trainer.audit.after_set_up(trainer)
         trainer._phase("training")
         if trainer.watch.is_writer:
+            keep_tracker_runs(trainer.run, trainer.plan.value("trackers"))
             trainer.journal.append(
                 "training_started",
                 step=state.global_step,

@@ -15,7 +15,7 @@
   not come; `{"evaluation_takes": SECONDS}`: an evaluation says nothing for so long;
 - `{"loss_raised": {"by": 5.0, "at": [[20, 25]]}}`: it is so much higher from step to step, with the same gradients;
 - `{"raises_at": 3, "naming": ["HF_TOKEN"]}`: step 3 raises, and says what these environment variables hold, as
-  libraries do with the request that failed.
+  libraries do with the request that failed; `{"finds_libraries": true}`: it imports from the folder `$LIBRARIES` too.
 
 `"in_attempts": [1, 2]` keeps a fault to those; a list of faults is all of them.
 """
@@ -47,6 +47,8 @@ def install(fault: dict[str, Any] | list[dict[str, Any]], attempt: int) -> None:
 def install_one(fault: dict[str, Any]) -> None:
     import transformers
 
+    if fault.get("finds_libraries"):
+        sys.path.insert(0, os.environ["LIBRARIES"])
     base, struck = transformers.Trainer, [0]
     compute_loss = base.compute_loss
 
