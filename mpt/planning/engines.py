@@ -3,7 +3,7 @@ begins, never ignored."""
 
 from mpt.errors import MptError, UnsupportedError
 from mpt.planning.plan import Plan
-from mpt.terms import Method, Strategy, Task
+from mpt.terms import Strategy, Task
 
 TRAINED = (Task.CAUSAL_LM, Task.MASKED_LM)
 
@@ -13,8 +13,6 @@ def without_engine(plan: Plan) -> list[str]:
     wishes = []
     if plan.value("task") not in TRAINED:
         wishes.append(f"task: {plan.value('task')}")
-    if plan.value("method") == Method.QLORA:
-        wishes.append("quantization")
     if plan.value("distributed.strategy") == Strategy.FSDP2:
         wishes.append("distributed.strategy: fsdp2")
     if plan.value("nodes") > 1:
@@ -28,8 +26,8 @@ def check_trainable(plan: Plan) -> None:
     if wishes:
         raise MptError(
             f"not yet: this version of mpt plans {', '.join(wishes)} and can't train it",
-            remedy="`mpt plan` shows what it would do. What trains today: pretraining, full fine-tuning and LoRA of "
-            "language models in every precision, on one node, with one process, DDP or ZeRO 1-3.",
+            remedy="`mpt plan` shows what it would do. What trains today: pretraining, full fine-tuning, LoRA and "
+            "QLoRA of language models in every precision, on one node, with one process, DDP or ZeRO 1-3.",
         )
     if not plan.memory.fits:
         raise UnsupportedError(

@@ -1,7 +1,8 @@
 """The modules of a model by name and size, for decisions about single layers. Learnt from the model itself, built on
 the meta device by a child process (`mpt.training.facts`), and remembered by the content it follows from.
 
-`learn_modules` is called where a recipe speaks of layers (`precision.layers`, fp8); other plans do without.
+`learn_modules` is called where a recipe speaks of layers (`precision.layers`, fp8, adapters and quantisation by name);
+other plans do without.
 """
 
 import os
@@ -49,7 +50,7 @@ def learn_modules(
 
     Raises MptError for a model that could not be learnt.
     """
-    if not recipe.precision.needs_modules:
+    if not recipe.needs_modules:
         return None
     answer = ask_about_modules(recipe, cache=cache, run_child=run_child, environ=environ)
     return tuple(ModuleShape(**entry) for entry in answer)
@@ -62,6 +63,15 @@ def matches(name: str, pattern: str) -> bool:
     (True, True, False)
     """
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def is_named(name: str, word: str) -> bool:
+    """Whether a word names a module as peft and transformers do: its whole name, its ending, or what holds it.
+
+    >>> [is_named("model.layers.3.mlp.down_proj", word) for word in ("down_proj", "mlp", "model.layers.3", "proj")]
+    [True, True, True, False]
+    """
+    return f".{word}." in f".{name}."
 
 
 def strength(pattern: str, name: str) -> int:

@@ -38,11 +38,12 @@ def choose_number_formats(
     has_islands: bool = False,
     betas: tuple[float, float] = (0.9, 0.999),
     optimizer: str = "adamw_torch_fused",
+    quantized: str = "nf4",
 ) -> dict[str, Decision[Any]]:
     """Decide every format of a training step but that of the matrix multiplications themselves.
 
-    `has_islands`: some modules compute in another format (`precision.layers`). `betas` are Adam's. Raises MptError for
-    a wish that the engine can't carry out.
+    `has_islands`: some modules compute in another format (`precision.layers`). `betas` are Adam's, `quantized`
+    is the format of quantised weights. Raises MptError for a wish that the engine can't carry out.
     """
     half = SIXTEEN_BIT.get(precision)
     by_deepspeed = strategy.zero_stage is not None
@@ -60,7 +61,9 @@ def choose_number_formats(
     casts_copies = by_deepspeed and not has_islands  # DeepSpeed's 16-bit engine; islands go by its torch_autocast
     return {
         "autocast_dtype": _autocast(half, precision, casts_copies),
-        **_stored(section, half, precision, strategy, casts_copies, method, checkpoint_dtype, betas, optimizer),
+        **_stored(
+            section, half, precision, strategy, casts_copies, method, checkpoint_dtype, betas, optimizer, quantized
+        ),
         "rounding": _rounding(section, precision, optimizer),
         "reduce_dtype": _reduce_dtype(section.reduce_dtype, precision, strategy),
         "grad_accum_dtype": _grad_accum_dtype(section.grad_accum_dtype, precision, strategy),
@@ -86,6 +89,7 @@ def _stored(
     checkpoint_dtype: str | None,
     betas: tuple[float, float],
     optimizer: str,
+    quantized: str,
 ) -> dict[str, Decision[Any]]:
     def every(dtype: str, reason: str) -> dict[str, Decision[Any]]:
         keys = ("weights_dtype", "master_weights_dtype", "gradient_dtype", "optimizer_state_dtype")
@@ -97,7 +101,7 @@ def _stored(
         base = "the frozen base holds no update; only the adapters need fp32"
         stored = every("fp32", "adapters are small and stay fp32")
         narrow = half if half and (casts_copies or not by_deepspeed) else "fp32"  # islands under ZeRO: all in fp32
-        weights = "nf4" if method is Method.QLORA else narrow
+        weights = quantized if method is Method.QLORA else narrow
         casts = half is not None and casts_copies and strategy is not Strategy.ZERO3  # which takes them as they are
         computes = half if casts else "fp32"
         reason = f"DeepSpeed's {half} engine casts them; the masters are fp32" if casts else base

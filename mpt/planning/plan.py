@@ -21,6 +21,7 @@ from mpt.planning.model_facts import ModelFacts
 from mpt.planning.modules import ModuleShape
 from mpt.planning.number_formats import check_static_scale
 from mpt.planning.precision import CheckpointFacts, choose_precision
+from mpt.planning.quantization import choose_quantization
 from mpt.planning.sharding import choose_layout, formats_for
 from mpt.planning.trackers import choose_trackers, tracker_arguments
 from mpt.planning.training_arguments import to_training_arguments
@@ -136,6 +137,7 @@ def resolve(
     check_tied(layers.value, precision.value, modules)
     islands = island_dtypes(layers.value, precision.value)
     has_islands = bool(islands)
+    quantization = choose_quantization(recipe, precision.value, machine, facts, modules, packages, islands)
     attention = choose_attention(
         None if recipe.attention == "auto" else Attention(recipe.attention), machine, precision.value, packages
     )
@@ -164,6 +166,7 @@ def resolve(
     values: dict[str, Decision[Any]] = {
         "task": _asked_or_default(recipe, "task", recipe.task.value, "predict the next token"),
         "method": method,
+        "quantization": quantization,
         "device": Decision(machine.kind.value, Origin.DERIVED, machine.label),
         "precision": precision,
         **formats,

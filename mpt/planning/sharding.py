@@ -185,6 +185,7 @@ def formats_for(
         has_islands=has_islands,
         betas=(beta1, beta2),
         optimizer=optimizer_of(recipe),
+        quantized="nf4" if recipe.quantization is None else recipe.quantization.dtype,
     )
 
 

@@ -106,6 +106,12 @@ class Recipe(Section):
         return cast(BaseModel, self.training).model_dump(exclude_unset=True)
 
     @property
+    def needs_modules(self) -> bool:
+        """Whether the model's modules must be known by name to plan."""
+        names_some = self.quantization is not None and bool(self.quantization.skip_modules)
+        return self.precision.needs_modules or names_some
+
+    @property
     def asked_micro_batch_size(self) -> int | None:
         return self.micro_batch_size or self.training_keys.get("per_device_train_batch_size")
 

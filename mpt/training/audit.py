@@ -24,6 +24,7 @@ from mpt.training import findings
 from mpt.training.adapters import count_adapters
 from mpt.training.precision.apply import planned_float8, planned_islands
 from mpt.training.precision.watching import AttentionWatch, GradientWatch, IslandWatch, MatmulWatch, SumWatch
+from mpt.training.quantization import describe, quantized_modules
 
 if TYPE_CHECKING:
     from mpt.training.trainer import PlanTrainer
@@ -173,7 +174,10 @@ class Audit:
         adapters = [w for w in trainer.model.parameters() if w.requires_grad] if self._has_adapters() else []
         apart = {*in_islands, *map(id, adapters)}
         own = [w for w in trainer.model.parameters() if id(w) not in apart]
-        self._compare("weights_dtype", [plan.value("weights_dtype")], findings.dtypes(own))
+        if plan.value("quantization") is None:
+            self._compare("weights_dtype", [plan.value("weights_dtype")], findings.dtypes(own))
+        else:
+            self._quantized(trainer, {id(weight) for weight in own})
         if in_islands:
             self._compare("weights of fp32 islands", ["fp32"], findings.dtypes(list(in_islands.values())))
         trainable = [w for w in trainer.model.parameters() if w.requires_grad]
@@ -188,6 +192,25 @@ class Audit:
         if converted != sorted(planned_float8(plan)):
             self._compare("names of the fp8 modules", sorted(planned_float8(plan)), converted)
         self._compare("rotary frequencies", ["fp32"], findings.rotary_dtypes(trainer.model) or ["fp32"])
+
+    def _quantized(self, trainer: "PlanTrainer", own: set[int]) -> None:
+        """Quantised layers: how many, and how; and that what is left of the frozen model is fp32."""
+        planned = self.plan.value("quantization")
+        modules = quantized_modules(trainer.model)
+        if planned["layers"] is not None:
+            self._compare("quantized layers", planned["layers"], len(modules))
+        found = [describe(module) for module in modules.values()]
+        wanted = {key: planned[key] for key in (found[0] if found else {"bits": 0})}
+        differing = [one for one in found if one != wanted]
+        self._compare("quantization", wanted, (differing or [wanted])[0] if found else None)
+        packed = {id(module.weight) for module in modules.values()}
+        rest = [w for w in trainer.model.parameters() if id(w) in own - packed]
+        self._compare("weights that are not quantized", [self._rest_dtype()], findings.dtypes(rest))
+
+    def _rest_dtype(self) -> str:
+        """What DeepSpeed's 16-bit engines cast with the adapters; fp32 otherwise."""
+        by_deepspeed = self.plan.deepspeed is not None
+        return str(self.plan.value("adapter_dtype")) if by_deepspeed else "fp32"
 
     def _has_adapters(self) -> bool:
         return bool(self.plan.value("method") != Method.FULL)

@@ -17,7 +17,7 @@ from mpt.training.precision.watching import DTYPE_NAMES
 if TYPE_CHECKING:
     from mpt.training.trainer import PlanTrainer
 
-NAMES = DTYPE_NAMES | {torch.uint8: "int8", torch.int8: "int8"}
+NAMES = DTYPE_NAMES | {torch.uint8: "uint8", torch.int8: "int8"}
 # Where DeepSpeed's optimizers keep the weights that are updated: ZeRO-1 and 2, ZeRO-3, and its bf16 optimizer (0.19.8).
 DEEPSPEED_MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
 PROBE_TOKENS = 16

@@ -38,8 +38,13 @@ def bad_gradients(trainer: "PlanTrainer") -> str | None:
 
 
 def _held(trainer: "PlanTrainer") -> Iterable[tuple[str, torch.Tensor]]:
-    """List the weights, under ZeRO-3 this rank's share of each."""
-    return ((name, getattr(weight, "ds_tensor", weight)) for name, weight in trainer.model.named_parameters())
+    """List the weights, under ZeRO-3 this rank's share of each. Packed 4-bit weights are no numbers, whatever dtype
+    they are stored in."""
+    return (
+        (name, getattr(weight, "ds_tensor", weight))
+        for name, weight in trainer.model.named_parameters()
+        if not hasattr(weight, "quant_type")
+    )
 
 
 def _not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> list[str]:

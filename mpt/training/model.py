@@ -14,6 +14,7 @@ from mpt.errors import MptError, UnsupportedError
 from mpt.planning.plan import Plan
 from mpt.recipe.schema import ModelSection
 from mpt.training.precision.apply import DTYPES, cast_weights, planned_islands
+from mpt.training.quantization import prepare_quantized, quantization_config
 
 # Names beside the fields that transformers' configuration classes take, most of them older ones, and translate.
 LEGACY_KEYS = {"rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype", "output_attentions", "num_labels"}
@@ -55,6 +56,8 @@ def build_with_head(
             f"the tokenizer has {len(tokenizer)} entries and the model's vocabulary {size}",
             remedy="Make model.config.vocab_size at least the tokenizer's, or name the model's own tokenizer.",
         )
+    if plan.value("quantization") is not None:
+        return prepare_quantized(model, plan)
     if plan.deepspeed is None:  # whose engine casts by itself
         cast_weights(model, DTYPES[plan.value("weights_dtype")], islands=planned_islands(plan))
     if plan.value("weights_dtype") == "fp16":
@@ -154,10 +157,23 @@ def to_config(given: dict[str, Any], *, vocab_size: int) -> Any:
         ) from error
 
 
-def _load_dtype(plan: Plan) -> torch.dtype:
-    """fp32 where some weights stay fp32 (islands): what is rounded once can't be widened again."""
-    has_wide = "fp32" in planned_islands(plan).values()
-    return torch.float32 if has_wide else DTYPES[plan.value("weights_dtype")]
+def loading(plan: Plan) -> dict[str, Any]:
+    """Give the keywords of `from_pretrained` that follow from the plan, whatever head the task puts on the model.
+
+    fp32 where some weights stay fp32 (islands, and what quantisation leaves): what is rounded once can't be widened
+    again.
+    """
+    quantized = quantization_config(plan)
+    is_wide = "fp32" in planned_islands(plan).values() or quantized is not None
+    section = plan.recipe.model
+    keywords: dict[str, Any] = {
+        "revision": section.revision or "main",
+        # transformers 5 loads the checkpoint's own dtype: bf16 master weights, unless told otherwise.
+        "dtype": torch.float32 if is_wide else DTYPES[plan.value("weights_dtype")],
+        "attn_implementation": plan.value("attention"),
+        "trust_remote_code": section.trust_remote_code,
+    }
+    return keywords if quantized is None else keywords | {"quantization_config": quantized}
 
 
 def _known_keys(config_class: type) -> set[str]:
@@ -168,15 +184,7 @@ def _known_keys(config_class: type) -> set[str]:
 def _from_checkpoint(head: Any, plan: Plan, section: ModelSection, keys: Mapping[str, Any]) -> PreTrainedModel:
     name = section.name_or_path or ""
     try:
-        return head.from_pretrained(
-            name,
-            revision=section.revision or "main",
-            # transformers 5 loads the checkpoint's own dtype: bf16 master weights, unless told otherwise.
-            dtype=_load_dtype(plan),
-            attn_implementation=plan.value("attention"),
-            trust_remote_code=section.trust_remote_code,
-            **keys,
-        )
+        return head.from_pretrained(name, **loading(plan), **keys)
     except (OSError, ValueError) as error:
         where = "" if Path(name).exists() else " (no such directory here, so a hub id)"
         raise MptError(

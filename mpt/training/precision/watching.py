@@ -43,6 +43,9 @@ MATMULS: dict[str, tuple[int, int]] = {
     "_scaled_mm_v2": (0, 1),
     "_scaled_grouped_mm": (0, 1),
     "_grouped_mm": (0, 1),
+    # bitsandbytes': the weight is packed, and is unpacked into the format of the input, in which it multiplies.
+    "gemm_4bit": (0, 0),
+    "int8_mixed_scaled_mm": (0, 0),
 }
 # What scaled_dot_product_attention can come to (aten/src/ATen/native/transformers/attention.cpp); without any, "math".
 SDPA_KERNELS = {
