@@ -5,7 +5,7 @@ from mpt.errors import MptError, UnsupportedError
 from mpt.planning.plan import Plan
 from mpt.terms import Strategy, Task
 
-TRAINED = (Task.CAUSAL_LM, Task.MASKED_LM)
+TRAINED = (Task.CAUSAL_LM, Task.SFT, Task.MASKED_LM)
 
 
 def without_engine(plan: Plan) -> list[str]:
@@ -13,6 +13,8 @@ def without_engine(plan: Plan) -> list[str]:
     wishes = []
     if plan.value("task") not in TRAINED:
         wishes.append(f"task: {plan.value('task')}")
+    if plan.value("task") == Task.SFT and plan.value("packing"):
+        wishes.append("data.packing of conversations")
     if plan.value("distributed.strategy") == Strategy.FSDP2:
         wishes.append("distributed.strategy: fsdp2")
     if plan.value("nodes") > 1:

@@ -27,7 +27,7 @@ from mpt.planning.trackers import choose_trackers, tracker_arguments
 from mpt.planning.training_arguments import to_training_arguments
 from mpt.recipe.schema import Recipe
 from mpt.recipe.training_keys import training_arguments
-from mpt.terms import Attention, DeviceKind, Feature, Method, Precision
+from mpt.terms import Attention, DeviceKind, Feature, Method, Precision, Task
 
 PLAN_VERSION = 2
 
@@ -185,9 +185,7 @@ def resolve(
         "gradient_accumulation_steps": layout.gradient_accumulation_steps,
         "global_batch_size": layout.global_batch_size,
         "sequence_length": sequence_length,
-        "packing": _asked_or_default(
-            recipe.data, "packing", recipe.data.packing, "blocks without padding waste no compute"
-        ),
+        "packing": _packing(recipe),
         "optimizer": _training_value(recipe, "optim"),
         "learning_rate": _training_value(recipe, "learning_rate"),
         "lr_scheduler": _training_value(recipe, "lr_scheduler_type"),
@@ -246,6 +244,12 @@ def _asked_or_default(section: Any, key: str, value: Any, reason: str) -> Decisi
     if key in section.model_fields_set:
         return Decision(value, Origin.ASKED, "the recipe asks for it")
     return Decision(value, Origin.AUTO, f"mpt's default: {reason}")
+
+
+def _packing(recipe: Recipe) -> Decision[bool]:
+    if recipe.task is Task.SFT and "packing" not in recipe.data.model_fields_set:
+        return Decision(False, Origin.AUTO, "a conversation is a sample of its own")
+    return _asked_or_default(recipe.data, "packing", recipe.data.packing, "blocks without padding waste no compute")
 
 
 def _training_value(recipe: Recipe, key: str) -> Decision[Any]:

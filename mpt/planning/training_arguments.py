@@ -8,7 +8,7 @@ from typing import Any
 
 from mpt.errors import MptError
 from mpt.recipe.schema import Recipe
-from mpt.terms import FP8_MODES, Precision
+from mpt.terms import FP8_MODES, Precision, Task
 
 # Said elsewhere in the plan under mpt's own names, or done by mpt itself (save_total_limit: mpt prunes by step and
 # keeps the best checkpoint; the Trainer goes by modification time).
@@ -57,7 +57,8 @@ def to_training_arguments(
         "use_cpu": on_cpu,
     }
     config = asked.get("accelerator_config") or {}
-    if recipe.data.streaming and not recipe.data.packing and isinstance(config, dict):
+    is_padded = not recipe.data.packing or recipe.task is Task.SFT
+    if recipe.data.streaming and is_padded and isinstance(config, dict):
         # accelerate would have rank 0 read for all, and join their batches, which padding makes differ in length.
         keywords["accelerator_config"] = {"dispatch_batches": False} | config
     if compiles:

@@ -4,7 +4,7 @@ or the model are planning's."""
 from collections.abc import Callable, Iterator
 
 from mpt.recipe.schema import Recipe, TokenizerSection
-from mpt.recipe.sources import BUILTIN
+from mpt.recipe.sources import BUILTIN, QUESTIONS
 from mpt.recipe.suggestions import nearest
 from mpt.recipe.trackers import TRACKERS, asked_trackers
 from mpt.recipe.yaml_tree import Flaw
@@ -166,8 +166,13 @@ def _tokenizer(recipe: Recipe) -> Iterator[Flaw]:
 def _builtin_exists(recipe: Recipe) -> Iterator[Flaw]:
     for key, value in (("source", recipe.data.source), ("eval_source", recipe.data.eval_source)):
         for source in [value] if isinstance(value, str) else value or []:
-            if source.startswith("builtin:") and source != BUILTIN:
-                yield Flaw(("data", key), f"there is no {source}", f"built in is {BUILTIN}")
+            if not source.startswith("builtin:"):
+                continue
+            known = QUESTIONS if recipe.task is Task.SFT else BUILTIN
+            if source not in (BUILTIN, QUESTIONS):
+                yield Flaw(("data", key), f"there is no {source}", f"built in is {known}")
+            elif source != known:
+                yield Flaw(("data", key), f"{source} is not for task {recipe.task}", f"write {known}")
 
 
 def _task_has_its_keys(recipe: Recipe) -> Iterator[Flaw]:
@@ -176,6 +181,9 @@ def _task_has_its_keys(recipe: Recipe) -> Iterator[Flaw]:
         "label_column": Task.SEQUENCE_CLASSIFICATION,
         "messages_column": Task.SFT,
         "mask_probability": Task.MASKED_LM,
+        "layout": Task.SFT,
+        "chat_template": Task.SFT,
+        "train_on": Task.SFT,
     }
     for key, task in only.items():
         if key in recipe.data.model_fields_set and recipe.task != task:

@@ -8,6 +8,7 @@ from mpt.errors import MptError
 from mpt.recipe.schema import DataSection
 
 BUILTIN = "builtin:python-reference"
+QUESTIONS = "builtin:python-questions"  # conversations, for sft
 SUFFIXES = (".csv", ".json", ".jsonl", ".md", ".parquet", ".txt")
 COMPRESSED = (".gz", ".zst")  # after any of these but .parquet, which compresses by itself
 FILL = "Remove it from data.source, or fill it."
@@ -28,8 +29,10 @@ def check_sources(section: DataSection) -> None:
 
 def check_builtin(source: str) -> None:
     """Raise MptError for a built-in corpus that there isn't."""
-    if source != BUILTIN:
-        raise MptError(f"data.source: there is no {source}", remedy=f"The built-in corpus is {BUILTIN}.")
+    if source not in (BUILTIN, QUESTIONS):
+        raise MptError(
+            f"data.source: there is no {source}", remedy=f"Built in are the text {BUILTIN} and, for sft, {QUESTIONS}."
+        )
 
 
 def expand(source: str) -> list[Path]:

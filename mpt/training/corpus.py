@@ -114,7 +114,7 @@ def stream_corpus(section: DataSection, source: str | list[str], *, split: str) 
     streams = []
     for one in sources:
         if one.startswith("hub:"):
-            stream = _load_hub(section, one, split, streaming=True)
+            stream = load_hub(section, one, split, streaming=True)
             first = next(iter(stream), None)
             if first is not None:
                 _check_column(list(first), section.text_column, one)
@@ -160,7 +160,7 @@ def _tables(
         yield table
         return
     if source.startswith("hub:"):
-        table = _load_hub(section, source, split, streaming=False)
+        table = load_hub(section, source, split, streaming=False)
         column = column_of("hub")
         yield table if column is None else _text_only(table, column, source, bad)
         return
@@ -237,7 +237,7 @@ def stream_texts(paths: list[str], column: str, max_row_bytes: int, allowed: flo
         bad.check_share(good)
 
 
-def _load_hub(section: DataSection, source: str, split: str, *, streaming: bool) -> Any:
+def load_hub(section: DataSection, source: str, split: str, *, streaming: bool) -> Any:
     name = source.removeprefix("hub:")
     try:
         return datasets.load_dataset(name, section.config, revision=section.revision, split=split, streaming=streaming)

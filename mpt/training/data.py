@@ -34,11 +34,12 @@ class Documents:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Tokenised samples, ready for the Trainer."""
+    """Tokenised samples, ready for the Trainer. `is_chat`: a chat template has written them."""
 
     train: Any
     held_out: Any
     notices: tuple[str, ...] = ()
+    is_chat: bool = False
 
 
 def read_documents(section: DataSection, *, seed: int, beat: Callable[[], None] = no_beat) -> Documents:

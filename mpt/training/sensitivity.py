@@ -184,6 +184,7 @@ def _read_data(plan: Plan, task: Any, folder: Path, seed: int) -> tuple[Any, Any
     """Give tokenizer and samples, as `mpt.training.session` prepares them for a run."""
     import datasets
 
+    from mpt.training.tasks import ready_tokenizer, special_tokens_of
     from mpt.training.tokenizer import is_trained, load_tokenizer, trained_tokenizer
 
     datasets.disable_progress_bars()
@@ -196,9 +197,11 @@ def _read_data(plan: Plan, task: Any, folder: Path, seed: int) -> tuple[Any, Any
             section.vocab_size if section is not None else plan.facts.vocab_size,
             is_writer=True,
             barrier=lambda: None,
+            special_tokens=special_tokens_of(task, plan),
         )
     else:
         tokenizer = load_tokenizer(plan.recipe)
+    ready_tokenizer(task, plan, documents, tokenizer)
     return tokenizer, task.prepare_data(plan, documents, tokenizer)
 
 

@@ -39,7 +39,7 @@ from mpt.training.repeated_stream import RepeatedStream
 from mpt.training.replay import Replay
 from mpt.training.saving import full_weights, save_final
 from mpt.training.step_watch import StepWatch
-from mpt.training.tasks import evaluation_of, task_module
+from mpt.training.tasks import evaluation_of, ready_tokenizer, special_tokens_of, task_module
 from mpt.training.tokenizer import is_trained, load_tokenizer, read_tokenizer, trained_tokenizer
 from mpt.training.trackers import Trackers
 from mpt.training.trainer import PlanTrainer, data_seed
@@ -85,6 +85,7 @@ def train(
         tokenizer, samples = _prepare(plan, run, arguments, journal, task, barrier)
     else:
         tokenizer = read_tokenizer(run.tokenizer) if is_trained(plan.recipe) else load_tokenizer(plan.recipe)
+        ready_tokenizer(task, plan, None, tokenizer)
         samples = Samples(replay.samples(plan.value("global_batch_size")), None)
 
     phase("model")
@@ -124,7 +125,7 @@ def train(
     trackers = Trackers(trainer, journal)
     try:
         trainer.train(resume_from_checkpoint=resume_from)
-        return _finish(plan, run, trainer, tokenizer, phase, barrier)
+        return _finish(plan, run, trainer, tokenizer, phase, barrier, is_chat=samples.is_chat)
     finally:
         trackers.close()
 
@@ -147,19 +148,21 @@ def _prepare(
             is_writer=arguments.process_index == 0,
             barrier=barrier,
             marks_text=getattr(task, "MARKS_TEXT", False),
+            special_tokens=special_tokens_of(task, plan),
         )
         if len(tokenizer) < asked and arguments.process_index == 0:
             journal.append(
                 "notice",
                 text=f"the text yields {len(tokenizer)} tokenizer entries of {asked}; the model keeps its planned size",
             )
+    told = ready_tokenizer(task, plan, documents, tokenizer)
     with arguments.main_process_first(desc="tokenising"):
         samples = task.prepare_data(plan, documents, tokenizer)
     if plan.recipe.data.streaming:
         samples = replace(samples, train=RepeatedStream(samples.train))
     if arguments.process_index == 0:
         record(run, journal, fingerprint(plan.recipe.data, documents, samples, tokenizer))
-        for notice in samples.notices:
+        for notice in (*told, *samples.notices):
             journal.append("notice", text=notice)
     return tokenizer, samples
 
@@ -224,7 +227,9 @@ def pure_bf16_optimizer(plan: Plan, arguments: TrainingArguments) -> tuple[type,
     }
 
 
-def _finish(plan: Plan, run: RunDirectory, trainer: PlanTrainer, tokenizer: Any, phase: Any, barrier: Any) -> Finished:
+def _finish(
+    plan: Plan, run: RunDirectory, trainer: PlanTrainer, tokenizer: Any, phase: Any, barrier: Any, *, is_chat: bool
+) -> Finished:
     step = trainer.state.global_step
     eval_loss = None
     if trainer.eval_dataset is not None:
@@ -239,12 +244,12 @@ def _finish(plan: Plan, run: RunDirectory, trainer: PlanTrainer, tokenizer: Any,
     barrier()
     if plan.recipe.sample is not None:
         phase("sampling")
-        _sample(plan, trainer, tokenizer)
+        _sample(plan, trainer, tokenizer, is_chat=is_chat)
     barrier()
     return Finished(step, _train_loss(run) if trainer.watch.is_writer else None, eval_loss)
 
 
-def _sample(plan: Plan, trainer: PlanTrainer, tokenizer: Any) -> None:
+def _sample(plan: Plan, trainer: PlanTrainer, tokenizer: Any, *, is_chat: bool) -> None:
     """Generate from the recipe's prompt. Every rank takes part where the weights are divided (ZeRO-3)."""
     section = plan.recipe.sample
     assert section is not None
@@ -253,7 +258,11 @@ def _sample(plan: Plan, trainer: PlanTrainer, tokenizer: Any) -> None:
         return
     model = trainer.model
     model.eval()
-    prompt = tokenizer(section.prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id or 0]
+    text = section.prompt
+    if is_chat:
+        asked = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id or 0]
     room = section.max_new_tokens
     if plan.facts.max_positions is not None:
         prompt = prompt[: plan.facts.max_positions - 1]

@@ -7,7 +7,7 @@ A trained one lives in the run directory, so that every rank and every later att
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def trained_tokenizer(
     is_writer: bool,
     barrier: Callable[[], Any],
     marks_text: bool = False,
+    special_tokens: Sequence[str] = (),
 ) -> PreTrainedTokenizerBase:
     """Load the run's own tokenizer from `folder`; where it is not there yet the writing rank trains it first.
 
@@ -65,7 +66,8 @@ def trained_tokenizer(
     """
     if is_writer and not folder.exists():
         staging = folder.with_name(f".staging-{folder.name}-{os.getpid()}")
-        train_tokenizer(texts(), vocab_size, marks_text=marks_text).save_pretrained(str(staging))
+        made = train_tokenizer(texts(), vocab_size, marks_text=marks_text, special_tokens=special_tokens)
+        made.save_pretrained(str(staging))
         staging.rename(folder)
     barrier()
     return read_tokenizer(folder)
@@ -76,18 +78,20 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(folder))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, *, marks_text: bool = False) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, marks_text: bool = False, special_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE (Radford et al. 2019, section 2.2) of at most `vocab_size` entries.
 
-    The 256 bytes are among them, so every text can be encoded, and the end of text, or with `marks_text` the four marks
-    of a model that reads both ways. The same texts give the same one.
+    The 256 bytes are among them, so every text can be encoded; the end of text, or with `marks_text` the four marks of
+    a model that reads both ways; and `special_tokens`. The same texts give the same one.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, CLS, SEP, MASK] if marks_text else [END_OF_TEXT],
+        special_tokens=[*([PAD, CLS, SEP, MASK] if marks_text else [END_OF_TEXT]), *special_tokens],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -3,6 +3,9 @@
 - `read_documents(plan, *, seed) -> Documents`: the rows to train on and those held out
 - `texts(documents) -> Iterable[str]`: the training text, for a tokenizer that is trained on it
 - `prepare_data(plan, documents, tokenizer) -> Samples`: tokenised samples
+- `special_tokens(plan) -> tuple[str, ...]`, optional: tokens that a tokenizer trained for the run must have
+- `ready_tokenizer(plan, documents, tokenizer) -> list[str]`, optional: changes the tokenizer in place, to what the task
+  needs, before anything is tokenised; says what was changed. `documents` is None where a replay has none
 - `build_model(plan, tokenizer, *, seed) -> PreTrainedModel`
 - `build_collator(plan, tokenizer)`: what turns samples into a batch
 - `evaluation(plan) -> dict`, optional: `compute_metrics` and `preprocess_logits_for_metrics` for the Trainer
@@ -18,6 +21,16 @@ from mpt.planning.plan import Plan
 def task_module(task: str) -> ModuleType:
     """Find a task's module; `mpt.planning.engines` has refused what has none."""
     return import_module(f"mpt.training.tasks.{task}")
+
+
+def special_tokens_of(task: ModuleType, plan: Plan) -> tuple[str, ...]:
+    """Name the tokens that a task asks of a tokenizer that is trained for the run."""
+    return tuple(task.special_tokens(plan)) if hasattr(task, "special_tokens") else ()
+
+
+def ready_tokenizer(task: ModuleType, plan: Plan, documents: Any, tokenizer: Any) -> list[str]:
+    """Let a task change the tokenizer in place; give its notices."""
+    return list(task.ready_tokenizer(plan, documents, tokenizer)) if hasattr(task, "ready_tokenizer") else []
 
 
 def evaluation_of(task: ModuleType, plan: Plan) -> dict[str, Any]:

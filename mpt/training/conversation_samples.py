@@ -1,0 +1,125 @@
+"""Conversations -> tokenised samples with labels, truncated at the sequence length. Called by the task sft.
+
+What the user should hear of comes back as notices: how many were truncated and what that cost, and how many are left
+out because no token that is learnt lies within the sequence length.
+"""
+
+import json
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from mpt.errors import MptError
+from mpt.training.collation import IGNORED
+from mpt.training.conversation_rows import CONVERSATION, PLACE
+from mpt.training.conversations import ConversationWriter, encode
+from mpt.training.data import Documents, Samples, identify
+
+TOKENS = datasets.List(datasets.Value("int32"))
+FEATURES = {"input_ids": TOKENS, "labels": TOKENS}
+# Of a sample before truncation: all tokens, and those to learn.
+COUNTS = {"length": datasets.Value("int32"), "learnt": datasets.Value("int32")}
+VERSION = "conversations-1"
+
+
+def prepare_conversations(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, train_on: str, source: str
+) -> Samples:
+    """Tokenise. Raises MptError where nothing is left to learn, or where the template can't write a conversation."""
+    if not isinstance(documents.train, datasets.Dataset):
+        return _stream(documents, tokenizer, sequence_length, train_on)
+    train = _tokenise(documents.train, tokenizer, sequence_length, train_on)
+    if len(train) == 0:
+        raise MptError(
+            f"no conversation of {source} has a token to learn within data.sequence_length {sequence_length}",
+            remedy="Set data.sequence_length higher (mpt truncates at the end), or look at data.train_on.",
+        )
+    held_out = None
+    if documents.held_out is not None and len(documents.held_out):
+        held_out = _tokenise(documents.held_out, tokenizer, sequence_length, train_on)
+    notices = [*documents.notices, *_told(train, len(documents.train), sequence_length)]
+    if documents.held_out is not None and not held_out:
+        notices.append("no held-out conversation has a token to learn: nothing is evaluated")
+    columns = list(FEATURES)
+    return Samples(
+        train.select_columns(columns),
+        held_out.select_columns(columns) if held_out else None,
+        tuple(notices),
+        is_chat=tokenizer.chat_template is not None,
+    )
+
+
+def _tokenise(
+    table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, train_on: str
+) -> datasets.Dataset:
+    """Tokenise every conversation; those with nothing to learn are left out. Cached by `datasets`."""
+    in_memory = not table.cache_files
+    known = (table._fingerprint, identify(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map)
+    return table.map(
+        _encoder(tokenizer, limit, train_on, counts=True),
+        batched=True,
+        remove_columns=table.column_names,
+        features=datasets.Features(FEATURES | COUNTS),
+        keep_in_memory=in_memory,
+        load_from_cache_file=not in_memory,
+        new_fingerprint=None if in_memory else Hasher.hash((*known, limit, train_on, VERSION)),
+    )
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, limit: int, train_on: str, *, counts: bool) -> Any:
+    writer = ConversationWriter(tokenizer, train_on)
+
+    def convert(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        rows = zip(batch[CONVERSATION], batch[PLACE], strict=True)
+        written = [writer.write(json.loads(conversation), place) for conversation, place in rows]
+        made: dict[str, list[Any]] = {key: [] for key in (FEATURES | COUNTS if counts else FEATURES)}
+        for tokens, labels in encode(tokenizer, written):
+            # The first token of a sample has none before it that would predict it.
+            if not np.any(labels[1:limit] != IGNORED):
+                continue
+            made["input_ids"].append(tokens[:limit])
+            made["labels"].append(labels[:limit])
+            if counts:
+                made["length"].append(len(tokens))
+                made["learnt"].append(int(np.count_nonzero(labels != IGNORED)))
+        return made
+
+    return convert
+
+
+def _told(train: datasets.Dataset, conversations: int, limit: int) -> list[str]:
+    told = []
+    numbers = train.with_format("numpy")
+    lengths, learnt = numbers["length"][:], numbers["learnt"][:]
+    long = int(np.count_nonzero(lengths > limit))
+    if long:
+        labels = train.data.column("labels")
+        kept = sum(int(np.count_nonzero(chunk.flatten().to_numpy() != IGNORED)) for chunk in labels.chunks)
+        lost = 1 - kept / int(learnt.sum())
+        told.append(
+            f"{long} of {len(train)} conversations are longer than {limit} tokens (the longest has {lengths.max()}) and "
+            f"were truncated: {lost:.1%} of the tokens to learn are lost"
+        )
+    left_out = conversations - len(train)
+    if left_out:
+        told.append(
+            f"{left_out} of {conversations} conversations are left out: no token to learn lies within their first "
+            f"{limit}"
+        )
+    return told
+
+
+def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, limit: int, train_on: str) -> Samples:
+    def samples(stream: Any) -> Any:
+        if stream is None:
+            return None
+        convert = _encoder(tokenizer, limit, train_on, counts=False)
+        return stream.map(
+            convert, batched=True, remove_columns=[CONVERSATION, PLACE], features=datasets.Features(FEATURES)
+        )
+
+    notice = f"streaming: conversations are truncated at {limit} tokens, and left out where nothing to learn remains"
+    return Samples(samples(documents.train), samples(documents.held_out), (*documents.notices, notice), is_chat=tokenizer.chat_template is not None)
