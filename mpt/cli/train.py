@@ -103,6 +103,7 @@ def _train(
         return
 
     from mpt.planning.engines import check_trainable
+    from mpt.recipe.chat_template import read_template
     from mpt.recipe.sources import check_sources
 
     run = locate(runs_dir, plan.name)
@@ -110,6 +111,8 @@ def _train(
     _explain(plan)
     check_trainable(plan)
     check_sources(plan.recipe.data)
+    if plan.recipe.data.chat_template is not None:
+        read_template(plan.recipe.data.chat_template)
     _check_packages(plan)
     reference = plan_reference(plan, packages)
     verdict = _carry_out(plan, reference, run, resume, accept_changes)

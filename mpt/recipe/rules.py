@@ -163,9 +163,15 @@ def _tokenizer(recipe: Recipe) -> Iterator[Flaw]:
             )
 
 
-def _builtin_exists(recipe: Recipe) -> Iterator[Flaw]:
+def _sources_fit_the_task(recipe: Recipe) -> Iterator[Flaw]:
     for key, value in (("source", recipe.data.source), ("eval_source", recipe.data.eval_source)):
         for source in [value] if isinstance(value, str) else value or []:
+            if recipe.task is Task.SFT and source.lower().endswith((".txt", ".md")):
+                yield Flaw(
+                    ("data", key),
+                    f"{source} is plain text, and sft learns from conversations",
+                    "give .jsonl, .json, .csv or .parquet of a known layout, or set task: causal_lm",
+                )
             if not source.startswith("builtin:"):
                 continue
             known = QUESTIONS if recipe.task is Task.SFT else BUILTIN
@@ -217,7 +223,7 @@ RULES: tuple[Callable[[Recipe], Iterator[Flaw]], ...] = (
     _optimizer_arguments,
     _loader,
     _tokenizer,
-    _builtin_exists,
+    _sources_fit_the_task,
     _task_has_its_keys,
     _trackers,
 )

@@ -6,6 +6,7 @@ and three pieces, of each hub data set the first rows. What changes between the 
 size, or after those rows, is not seen.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -18,10 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mpt.recipe.schema import DataSection
 from mpt.recipe.sources import expand
-from mpt.training.corpus import stream_corpus
+from mpt.training.corpus import load_hub
 from mpt.training.data import Documents, Samples, identify
 from mpt.training.packing import PackedBlocks
-from mpt.training.row_files import TEXT
 
 PIECE = 1 << 18  # bytes; a file of at most three pieces is read whole
 ROWS = 100  # of a streamed hub data set
@@ -51,7 +51,8 @@ def fingerprint(
 
 
 def measure(samples: Any) -> dict[str, Any]:
-    """Count samples and their tokens, and hash them; how the table is cut into chunks on the disk has no part in it."""
+    """Count samples and their tokens, and hash them, with which of them are learnt; how the table is cut into chunks on
+    the disk has no part in it."""
     samples = getattr(samples, "unmasked", samples)
     tokens, lengths = xxhash.xxh3_128(), xxhash.xxh3_128()
     count = 0
@@ -59,6 +60,9 @@ def measure(samples: Any) -> dict[str, Any]:
         tokens.update(np.ascontiguousarray(numbers).data)
         lengths.update(sizes.data)
         count += len(numbers)
+    if "labels" in getattr(samples, "column_names", ()):
+        for chunk in samples.data.column("labels").chunks:
+            tokens.update(np.ascontiguousarray(chunk.flatten().to_numpy(zero_copy_only=True)).data)
     tokens.update(lengths.digest())
     return {"samples": len(samples), "tokens": count, "fingerprint": tokens.hexdigest()}
 
@@ -68,14 +72,18 @@ def hash_sources(section: DataSection, source: str | list[str], split: str) -> s
     found = xxhash.xxh3_128()
     for one in [source] if isinstance(source, str) else source:
         if one.startswith("hub:"):
-            rows = stream_corpus(section, one, split=split)
-            pieces: Iterable[bytes] = (row[TEXT].encode() for row in islice(rows, ROWS))
+            rows = load_hub(section, one, split, streaming=True)
+            pieces: Iterable[bytes] = (_written(row) for row in islice(rows, ROWS))
         else:
             pieces = (piece for path in expand(one) for piece in _pieces(path))
         for piece in pieces:
             found.update(len(piece).to_bytes(8, "little"))
             found.update(piece)
     return found.hexdigest()
+
+
+def _written(row: dict[str, Any]) -> bytes:
+    return json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__).encode()
 
 
 def _chunks(samples: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:

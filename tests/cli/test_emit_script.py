@@ -402,7 +402,7 @@ def folder(tmp_path: Path) -> Folder:
     [
         (["--emit-script", "tiny.yaml"], "tiny.yaml exists, and is not overwritten"),
         (["--emit-script", "no/such/folder.py"], "there is no directory no/such"),
-        (["--emit-script", "plain.py", "task=sft"], "not yet"),
+        (["--emit-script", "plain.py", "task=sft", "data.source=builtin:python-questions"], "for task: sft"),
         (["--emit-script", "plain.py", "--dry-run"], "--dry-run with --emit-script"),
         (["--emit-script", "plain.py", "--json"], "--json with --emit-script"),
     ],

@@ -142,7 +142,7 @@ def test_on_a_terminal_of_80_columns_no_line_of_progress_wraps(folder: Folder) -
         (["tiny.yaml", "data.sequence_length=64"], 2, "the model has 32 positions"),
         (["tiny.yaml", "tokenizer=null", "model={name_or_path: an/empty/dir}"], 2, "an/empty/dir"),
         (["tiny.yaml", "data.source=missing.txt"], 2, "missing.txt does not exist"),
-        (["tiny.yaml", "task=sft"], 2, "not yet"),
+        (["tiny.yaml", "task=sft"], 2, "reference.txt is plain text, and sft learns from conversations"),
         (["tiny.yaml", "precision=tf32"], 3, "can't compute tf32"),
         (["tiny.yaml", "precision=fp8"], 3, "would only emulate fp8"),
     ],
