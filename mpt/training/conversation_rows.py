@@ -173,7 +173,9 @@ def _write(source: _Source, layout: str, path: Path) -> list[str]:
                     places.append(place)
                     texts.append(json.dumps(row, ensure_ascii=False))
             count += len(texts)
-            writer.write_batch(pa.record_batch([pa.array(texts, pa.string()), pa.array(places, pa.string())], schema=schema))
+            writer.write_batch(
+                pa.record_batch([pa.array(texts, pa.string()), pa.array(places, pa.string())], schema=schema)
+            )
     bad.check_share(count)
     if count == 0:
         raise MptError(f"the data set is empty: {source.name} holds no conversation", remedy="Check data.source.")

@@ -100,8 +100,8 @@ def _told(train: datasets.Dataset, conversations: int, limit: int) -> list[str]:
         kept = sum(int(np.count_nonzero(chunk.flatten().to_numpy() != IGNORED)) for chunk in labels.chunks)
         lost = 1 - kept / int(learnt.sum())
         told.append(
-            f"{long} of {len(train)} conversations are longer than {limit} tokens (the longest has {lengths.max()}) and "
-            f"were truncated: {lost:.1%} of the tokens to learn are lost"
+            f"{long} of {len(train)} conversations are longer than {limit} tokens (the longest has {lengths.max()}) "
+            f"and were truncated: {lost:.1%} of the tokens to learn are lost"
         )
     left_out = conversations - len(train)
     if left_out:
@@ -121,5 +121,10 @@ def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, limit: int
             convert, batched=True, remove_columns=[CONVERSATION, PLACE], features=datasets.Features(FEATURES)
         )
 
-    notice = f"streaming: conversations are truncated at {limit} tokens, and left out where nothing to learn remains"
-    return Samples(samples(documents.train), samples(documents.held_out), (*documents.notices, notice), is_chat=tokenizer.chat_template is not None)
+    notice = f"streaming: conversations are cut at {limit} tokens, and left out where nothing to learn remains"
+    return Samples(
+        samples(documents.train),
+        samples(documents.held_out),
+        (*documents.notices, notice),
+        is_chat=tokenizer.chat_template is not None,
+    )

@@ -118,8 +118,8 @@ class ConversationWriter:
         raise MptError(
             f"{place}: the chat template writes what comes before message {number} otherwise where more turns follow, "
             "and marks no answers with {% generation %}: mpt can't tell which tokens are an answer",
-            remedy="Set data.chat_template to a built-in one or to one with {% generation %} around the answers, or set "
-            "data.train_on: last_assistant or all.",
+            remedy="Set data.chat_template to a built-in one or to one with {% generation %} around the answers, or "
+            "set data.train_on: last_assistant or all.",
         )
 
     def _with_its_end(self, text: str, span: Span) -> Span:
@@ -136,7 +136,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, written: Sequence[Written]) -> li
     """Encode texts; give the tokens of each, and labels that are IGNORED where nothing is learnt."""
     if not tokenizer.is_fast:
         raise MptError(
-            f"the tokenizer {type(tokenizer).__name__} can't say which characters a token holds, which sft needs to know",
+            f"the tokenizer {type(tokenizer).__name__} can't say which characters a token holds, as sft needs",
             remedy="Name a fast tokenizer with `tokenizer:`, one with a tokenizer.json.",
         )
     encoded = {adds: _encodings(tokenizer, written, adds) for adds in (False, True)}

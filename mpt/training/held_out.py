@@ -1,4 +1,6 @@
-"""Rows of several sources -> what is trained on and what is held out. Called by the tasks whose rows are no documents."""
+"""Rows of several sources -> what is trained on and what is held out.
+
+Called by the tasks whose rows are no documents."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

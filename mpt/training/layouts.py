@@ -76,7 +76,7 @@ def to_conversation(row: Mapping[str, Any], layout: str, messages_column: str, *
     missing = [name for name in columns_of(layout, messages_column) if row.get(name) is None]
     if missing:
         raise BadRowError(
-            f"has no {' and no '.join(missing)} (it has {', '.join(row) or 'nothing'}), which the layout {layout} needs",
+            f"has no {' and no '.join(missing)} (it has {', '.join(row) or 'nothing'}), which {layout} needs",
             "One source has one layout: mend the row, or move rows of another layout into a file of their own.",
         )
     made = _MAKERS[layout](row, messages_column)

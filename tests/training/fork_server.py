@@ -29,7 +29,13 @@ IMPORTS = (
     *("deepspeed.moe.ep_router", "deepspeed.ops.op_builder.all_ops", "deepspeed.runtime.zero.muon.muon_optimizer"),
     *("transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"),
     *("transformers.models.bert.modeling_bert", "mpt.training.tasks.masked_lm"),
-    *("mpt.training.session", "mpt.training.autopsy", "mpt.training.compare_gradients", "mpt.training.tasks.causal_lm", "mpt.training.tasks.sft"),
+    *(
+        "mpt.training.session",
+        "mpt.training.autopsy",
+        "mpt.training.compare_gradients",
+        "mpt.training.tasks.causal_lm",
+        "mpt.training.tasks.sft",
+    ),
     *("tests.training.faulty_worker", "tests.training.matrix_cells"),
 )
 LEAVE_S = 5.0  # for ranks to end by themselves after one has failed; torchrun gives them 30 seconds

@@ -193,6 +193,7 @@ def test_of_each_source_its_share_is_held_out_and_the_rest_is_trained_on(tmp_pat
         write(tmp_path, *({"prompt": f"{name}{n}", "completion": "x"} for n in range(count)), name=f"{name}.jsonl")
         for name, count in (("a", 40), ("b", 20))
     ]
+
     def split(seed: int) -> tuple[set[str], set[str]]:
         documents = read_parts(DataSection(source=sources, eval_fraction=0.1), read_conversations, seed=seed)
         rows = [[json.loads(row[CONVERSATION])["text"][0] for row in part]

@@ -140,7 +140,7 @@ def test_a_prompt_and_its_completion_stand_as_they_are_with_the_end_of_text() ->
 
 
 def test_a_template_that_refuses_a_conversation_says_why_and_where() -> None:
-    with pytest.raises(MptError, match="here:1: .*System role not supported"):
+    with pytest.raises(MptError, match=r"here:1: .*System role not supported"):
         learnt(tokenizer_for(PICKY))
 
 
@@ -167,7 +167,10 @@ def test_tool_calls_are_learnt_as_the_template_writes_them() -> None:
     writer = ConversationWriter(tokenizer, "assistant")
     written = writer.write({"messages": messages, "prompt": 0, "tools": [{"name": "add"}]}, "here:1")
     assert written.text.startswith('[{"name": "add"}]\n')
-    assert [written.text[start:end] for start, end in written.spans] == ['{"a": 1}<|im_end|>', "A range of items. <|im_end|>"]
+    assert [written.text[start:end] for start, end in written.spans] == [
+        '{"a": 1}<|im_end|>',
+        "A range of items. <|im_end|>",
+    ]
 
 
 # --- the choice of a template

@@ -112,9 +112,7 @@ def test_other_labels_are_other_data(run: Run, make: Callable[..., Run]) -> None
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(run: Run, make: Callable[..., Run]) -> None:
-    two = make(
-        micro_batch_size=4, distributed={"processes_per_node": 2, "strategy": "ddp"}, training={"max_steps": 2}
-    )
+    two = make(micro_batch_size=4, distributed={"processes_per_node": 2, "strategy": "ddp"}, training={"max_steps": 2})
     assert two.train(processes=2) == 0, two.log()
     assert two.steps[1]["loss"] == pytest.approx(run.steps[1]["loss"], rel=1e-4)
     assert two.steps[1]["tokens"] == run.steps[1]["tokens"]

@@ -12,10 +12,9 @@ class DataSection(Section):
     """The text to learn from."""
 
     source: Text | list[Text]
-    """`builtin:python-reference` (the Python language reference, on every machine; for sft `builtin:python-questions`), a
-    local file or glob, or a list of them (.txt .md .jsonl .json .csv, each also with .gz or .zst, and .parquet), or
-    `hub:OWNER/NAME` for
-    `datasets.load_dataset`."""
+    """`builtin:python-reference` (the Python language reference, on every machine; for sft `builtin:python-questions`),
+    a local file or glob, or a list of them (.txt .md .jsonl .json .csv, each also with .gz or .zst, and .parquet), or
+    `hub:OWNER/NAME` for `datasets.load_dataset`."""
     config: Text | None = None
     """Configuration name of a hub data set, such as `wikitext-2-raw-v1`."""
     revision: Text | None = None
@@ -31,16 +30,16 @@ class DataSection(Section):
     messages_column: Text = "messages"
     """Column of the conversation, a list of {role, content}; sft only."""
     layout: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca"] = "auto"
-    """How a row holds a conversation; sft only. `messages`: a column of {role, content}. `prompt_completion`: `prompt` and
-    `completion`, each a text or a list of messages. `sharegpt`: `conversations` of {from, value}.
-    `alpaca`: `instruction`, `input`, `output`. auto: by the columns, in this order."""
+    """How a row holds a conversation; sft only. `messages`: a column of {role, content}. `prompt_completion`: `prompt`
+    and `completion`, each a text or a list of messages. `sharegpt`: `conversations` of {from, value}. `alpaca`:
+    `instruction`, `input`, `output`. auto: by the columns, in this order."""
     chat_template: Text | None = None
-    """How a conversation is written as text; sft only: `chatml`, `llama3`, `gemma`, `zephyr`, `vicuna`, `alpaca`, or the
-    path of a Jinja template (.jinja). Left out: the tokenizer's own, or one that fits its special tokens."""
+    """How a conversation is written as text; sft only: `chatml`, `llama3`, `gemma`, `zephyr`, `vicuna`, `alpaca`, or
+    the path of a Jinja template (.jinja). Left out: the tokenizer's own, or one that fits its special tokens."""
     train_on: Literal["assistant", "last_assistant", "completion", "all"] = "assistant"
     """Which tokens are learnt; sft only. `assistant`: every answer with the token that ends it, and of a prompt with
-    completion the answers of the completion. `last_assistant`: the last answer alone. `completion`: all that follows the
-    prompt; for `prompt_completion`. `all`: every token."""
+    completion the answers of the completion. `last_assistant`: the last answer alone. `completion`: all that follows
+    the prompt; for `prompt_completion`. `all`: every token."""
     mask_probability: Annotated[Number, Field(gt=0, lt=1)] = 0.15
     """Share of the tokens that the model has to guess; masked_lm only. Of those 8 in 10 are masked, 1 in 10 become
     another token and 1 in 10 stay (Devlin et al. 2019)."""
@@ -89,10 +88,9 @@ class DataSection(Section):
             raise ValueError("streaming is for large data, and the built-in corpus is half a megabyte; leave it out")
         return self
 
-
     @property
     def parts(self) -> tuple["DataSection", ...]:
-        """The section once for each of its sources, to be read one at a time; nothing is held out from `eval_source`."""
+        """The section once for each of its sources, to be read one at a time."""
         sources = [self.source] if isinstance(self.source, str) else self.source
         return tuple(self.model_copy(update={"source": source}) for source in sources)
 

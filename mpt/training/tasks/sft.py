@@ -45,9 +45,7 @@ def special_tokens(plan: Plan) -> tuple[str, ...]:
     return BUILT_IN[asked] if asked in BUILT_IN else control_tokens(read_template(asked))
 
 
-def ready_tokenizer(
-    plan: Plan, documents: Documents | None, tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
+def ready_tokenizer(plan: Plan, documents: Documents | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Give the tokenizer its chat template; say what was changed. Texts that are taken as they stand need none."""
     if documents is not None and not _has_messages(documents) and plan.recipe.data.chat_template is None:
         return []
