@@ -51,6 +51,8 @@ def _refuse(plan: Plan) -> None:
         wishes.append("precision.fp8.backend: transformer_engine")
     if plan.value("nodes") > 1:
         wishes.append(f"{plan.value('nodes')} nodes")
+    if not plan.recipe.data.has_plain_sources:
+        wishes.append("data.source with maps")
     if plan.recipe.data.streaming and "builtin" in needs.kinds(plan):
         wishes.append("data.streaming of the built-in corpus")
     if wishes:

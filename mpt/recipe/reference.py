@@ -8,7 +8,7 @@ from pydantic.fields import FieldInfo
 
 from mpt.recipe.json_schema import recipe_schema
 from mpt.recipe.scalars import DURATION
-from mpt.recipe.suggestions import sections
+from mpt.recipe.suggestions import is_list_of, sections
 from mpt.recipe.training_keys import OWNED
 
 TRAINING_ARGUMENTS = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
@@ -27,10 +27,13 @@ def recipe_reference() -> str:
     """Render every section of a recipe as a Markdown table, and the keys that `training:` does not take."""
     schema = recipe_schema()
     parts = []
+    shown = set()
     for name, section in sections().items():
-        if name == "training":
+        if name == "training" or section in shown:
             continue
+        shown.add(section)
         title = f"### `{name}:`" if name else "### Top level"
+        title += ", a map of the list" if is_list_of(name) else ""
         rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
         rows += [_row(name, key, field, schema, section) for key, field in section.model_fields.items()]
         parts.append("\n".join([title, "", *rows]))

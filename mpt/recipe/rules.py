@@ -3,7 +3,7 @@ or the model are planning's."""
 
 from collections.abc import Callable, Iterator
 
-from mpt.recipe.schema import Recipe, TokenizerSection
+from mpt.recipe.schema import Recipe, SourceSection, TokenizerSection
 from mpt.recipe.sources import BUILTIN, QUESTIONS
 from mpt.recipe.suggestions import nearest
 from mpt.recipe.trackers import TRACKERS, asked_trackers
@@ -164,8 +164,8 @@ def _tokenizer(recipe: Recipe) -> Iterator[Flaw]:
 
 
 def _sources_fit_the_task(recipe: Recipe) -> Iterator[Flaw]:
-    for key, value in (("source", recipe.data.source), ("eval_source", recipe.data.eval_source)):
-        for source in [value] if isinstance(value, str) else value or []:
+    for key, named in (("source", recipe.data.source_names), ("eval_source", recipe.data.eval_source_names)):
+        for source in named:
             if recipe.task is Task.SFT and source.lower().endswith((".txt", ".md")):
                 yield Flaw(
                     ("data", key),
@@ -191,6 +191,11 @@ def _task_has_its_keys(recipe: Recipe) -> Iterator[Flaw]:
         "chat_template": Task.SFT,
         "train_on": Task.SFT,
     }
+    entries = {key for entry in _maps(recipe) for key in entry.model_fields_set}
+    if entries and recipe.task is Task.SEQUENCE_CLASSIFICATION:
+        yield Flaw(("data", "source"), f"{recipe.task} reads one kind of rows, and mixes none", "write texts, not maps")
+    for key in sorted(entries & {"layout", "messages_column"} if recipe.task is not Task.SFT else ()):
+        yield Flaw(("data", "source"), f"{key} is for task sft, and the task is {recipe.task}", "leave it out")
     for key, task in only.items():
         if key in recipe.data.model_fields_set and recipe.task != task:
             yield Flaw(
@@ -213,6 +218,12 @@ def _trackers(recipe: Recipe) -> Iterator[Flaw]:
     listed = recipe.training_keys.get("report_to")
     if ("all" in asked and len(asked) > 1) or (isinstance(listed, list) and "none" in listed and len(listed) > 1):
         yield Flaw(("training", "report_to"), "all and none stand alone", "write one of them, or names")
+
+
+def _maps(recipe: Recipe) -> list[SourceSection]:
+    """List the sources that are maps."""
+    named = (recipe.data.source, recipe.data.eval_source or [])
+    return [entry for one in named if isinstance(one, list) for entry in one if isinstance(entry, SourceSection)]
 
 
 RULES: tuple[Callable[[Recipe], Iterator[Flaw]], ...] = (

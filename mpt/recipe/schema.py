@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, model_validator
 from mpt.recipe.scalars import Flag
 from mpt.recipe.sections.adapters import LoraSection, QuantizationSection
 from mpt.recipe.sections.base import SHORT_FORMS, PositiveInt, Section, short_form
-from mpt.recipe.sections.data import DataSection, SampleSection
+from mpt.recipe.sections.data import DataSection, SampleSection, SourceSection
 from mpt.recipe.sections.engine import DistributedSection, OffloadSection
 from mpt.recipe.sections.model import ModelSection, TokenizerSection
 from mpt.recipe.sections.precision import (
@@ -45,6 +45,7 @@ __all__ = [
     "RestartSection",
     "SampleSection",
     "Section",
+    "SourceSection",
     "TokenizerSection",
 ]
 

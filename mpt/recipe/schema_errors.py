@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from mpt.recipe.schema import Recipe
-from mpt.recipe.suggestions import keys_of, nearest, sections, suggest_key, suggest_missing
+from mpt.recipe.suggestions import is_list_of, keys_of, name_of, nearest, sections, suggest_key, suggest_missing
 from mpt.recipe.yaml_tree import Flaw, KeyPath, core_value
 
 TYPES = {
@@ -59,11 +59,9 @@ def to_flaws(errors: Sequence[ErrorDetails], values: Mapping[str, Any]) -> list[
         if rules:
             flaws += [_rule(path, error, _value_at(values, path)) for error in rules]
         elif group[0]["type"] == "extra_forbidden":
-            section, key = ".".join(map(str, path[:-1])), str(path[-1])
-            flaws.append(Flaw(path, *suggest_key(section, key)))
+            flaws.append(Flaw(path, *suggest_key(name_of(path[:-1]), str(path[-1]))))
         elif group[0]["type"] == "missing":
-            section, key = ".".join(map(str, path[:-1])), str(path[-1])
-            flaws.append(Flaw(path, "is missing", suggest_missing(section, key)))
+            flaws.append(Flaw(path, "is missing", suggest_missing(name_of(path[:-1]), str(path[-1]))))
         elif not has_deeper:
             flaws.append(_wrong_value(path, group, _value_at(values, path)))
     return flaws
@@ -120,7 +118,10 @@ def _wrong_value(path: KeyPath, group: list[ErrorDetails], value: Any) -> Flaw:
     specific = [error for error in group if error["type"] in SPECIFIC]
     if specific:
         group = specific
-    section = ".".join(map(str, path))
+    section = name_of(path)
+    if is_list_of(section) and not specific:
+        allowed = "text or a map" if isinstance(path[-1], int) else "text or a list of texts and maps"
+        return Flaw(path, f"must be {allowed} (got {show(value)})", "write `[a.jsonl, {source: b.jsonl, weight: 2}]`")
     if section in sections() and not isinstance(value, (str, dict)):
         return Flaw(path, f"must be a map of keys (got {show(value)})", keys_of(section))
     choices = [choice for error in group if error["type"] in CHOICES for choice in _choices(error)]

@@ -19,12 +19,11 @@ def check_sources(section: DataSection) -> None:
 
     Raises MptError for a source that isn't there, can't be read, is of no known kind, or holds nothing at all.
     """
-    for named in (section.source, section.eval_source or []):
-        for source in [named] if isinstance(named, str) else named:
-            if source.startswith("builtin:"):
-                check_builtin(source)
-            elif not source.startswith("hub:"):
-                expand(source)
+    for source in (*section.source_names, *section.eval_source_names):
+        if source.startswith("builtin:"):
+            check_builtin(source)
+        elif not source.startswith("hub:"):
+            expand(source)
 
 
 def check_builtin(source: str) -> None:

@@ -72,6 +72,22 @@ def sections() -> Mapping[str, type[BaseModel]]:
     return made
 
 
+def name_of(path: Iterable[str | int]) -> str:
+    """Name the section that a path leads to: the maps of a list are one section.
+
+    >>> name_of(("data", "source", 0)), name_of(())
+    ('data.source', '')
+    """
+    return ".".join(part for part in path if isinstance(part, str))
+
+
+def is_list_of(name: str) -> bool:
+    """Whether a section is the maps of a list, among which texts may stand."""
+    parent, _, key = name.rpartition(".")
+    known = sections()
+    return bool(name) and name in known and "list[" in str(known[parent].model_fields[key].annotation)
+
+
 def nearest(word: str, words: Iterable[str]) -> str | None:
     """Find the word that was probably meant.
 

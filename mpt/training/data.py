@@ -46,9 +46,9 @@ def read_documents(section: DataSection, *, seed: int, beat: Callable[[], None] 
     """Read the recipe's text and hold out what is evaluated on; the split is by document and repeats for a seed."""
     if section.streaming:
         return _streamed(section, seed)
-    train, notices = _read(section, section.source, section.split, beat)
+    train, notices = _read(section, section.source_names, section.split, beat)
     if section.eval_source is not None or section.eval_split is not None:
-        source = section.source if section.eval_source is None else section.eval_source
+        source = section.source_names if section.eval_source is None else section.eval_source_names
         held_out, more = _read(section, source, section.eval_split or section.split, beat)
         return Documents(train, held_out, (*notices, *more))
     if section.eval_fraction == 0:
@@ -59,6 +59,13 @@ def read_documents(section: DataSection, *, seed: int, beat: Callable[[], None] 
         return replace(cut, notices=(*notices, *cut.notices))
     order = np.random.default_rng(seed).permutation(len(train))
     return Documents(train.select(np.sort(order[count:])), train.select(np.sort(order[:count])), notices)
+
+
+def read_texts(section: DataSection, split: str) -> tuple[Any, tuple[str, ...]]:
+    """Read the text of a section's one source, of a split: a table or stream, and what was left out."""
+    if section.streaming:
+        return stream_corpus(section, str(section.source), split=split), ()
+    return _read(section, str(section.source), split, no_beat)
 
 
 def _read(
@@ -222,11 +229,11 @@ def _not_empty(train: datasets.Dataset, source: str) -> datasets.Dataset:
 
 
 def _streamed(section: DataSection, seed: int) -> Documents:
-    train = stream_corpus(section, section.source, split=section.split)
+    train = stream_corpus(section, section.source_names, split=section.split)
     if section.eval_source is not None:
-        held_out = stream_corpus(section, section.eval_source, split=section.split)
+        held_out = stream_corpus(section, section.eval_source_names, split=section.split)
     elif section.eval_split is not None:
-        held_out = stream_corpus(section, section.source, split=section.eval_split)
+        held_out = stream_corpus(section, section.source_names, split=section.eval_split)
     elif section.eval_fraction == 0:
         held_out = None
     else:

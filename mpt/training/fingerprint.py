@@ -37,11 +37,13 @@ def fingerprint(
     """
     if section.streaming:
         of_source = {
-            "fingerprint": hash_sources(section, section.source, section.split),
+            "fingerprint": hash_sources(section.parts),
             "tokenizer": xxhash.xxh3_128_hexdigest(identify(tokenizer).encode()),
         }
+        if samples.is_chat:
+            of_source["chat_template"] = xxhash.xxh3_128_hexdigest(str(tokenizer.chat_template).encode())
         if section.eval_source is not None:
-            of_source["eval_fingerprint"] = hash_sources(section, section.eval_source, section.split)
+            of_source["eval_fingerprint"] = hash_sources(section.eval_parts)
         return of_source
     found = {"documents": len(documents.train)} | measure(samples.train)
     if samples.held_out is None:
@@ -67,12 +69,13 @@ def measure(samples: Any) -> dict[str, Any]:
     return {"samples": len(samples), "tokens": count, "fingerprint": tokens.hexdigest()}
 
 
-def hash_sources(section: DataSection, source: str | list[str], split: str) -> str:
+def hash_sources(parts: Iterable[DataSection]) -> str:
     """Hash the sizes and pieces of files and the first rows of hub data sets, in the order in which they are read."""
     found = xxhash.xxh3_128()
-    for one in [source] if isinstance(source, str) else source:
+    for part in parts:
+        one = str(part.source)
         if one.startswith("hub:"):
-            rows = load_hub(section, one, split, streaming=True)
+            rows = load_hub(part, one, part.split, streaming=True)
             pieces: Iterable[bytes] = (_written(row) for row in islice(rows, ROWS))
         else:
             pieces = (piece for path in expand(one) for piece in _pieces(path))

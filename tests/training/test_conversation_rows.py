@@ -12,7 +12,6 @@ import pytest
 from mpt.errors import MptError
 from mpt.recipe.schema import DataSection
 from mpt.training.conversation_rows import CONVERSATION, PLACE, read_conversations
-from mpt.training.held_out import read_parts
 
 ASKED = [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "It is."}]
 ROWS: dict[str, Any] = {
@@ -186,22 +185,3 @@ def test_a_changed_file_is_read_again_and_rows_know_their_places(tmp_path: Path)
     table, _ = read_conversations(DataSection(source=source), "train")
     assert table[PLACE][:] == [f"{source}:1", f"{source}:2"]
     assert len(read(write(tmp_path, ROWS["messages"]))) == 1
-
-
-def test_of_each_source_its_share_is_held_out_and_the_rest_is_trained_on(tmp_path: Path) -> None:
-    sources = [
-        write(tmp_path, *({"prompt": f"{name}{n}", "completion": "x"} for n in range(count)), name=f"{name}.jsonl")
-        for name, count in (("a", 40), ("b", 20))
-    ]
-
-    def split(seed: int) -> tuple[set[str], set[str]]:
-        documents = read_parts(DataSection(source=sources, eval_fraction=0.1), read_conversations, seed=seed)
-        rows = [[json.loads(row[CONVERSATION])["text"][0] for row in part]
-                for part in (documents.train, documents.held_out)]  # fmt: skip
-        assert [len(part) for part in rows] == [54, 6]
-        return set(rows[0]), set(rows[1])
-
-    train, held_out = split(1)
-    assert not train & held_out and len(train | held_out) == 60
-    assert sorted(name[0] for name in held_out) == ["a"] * 4 + ["b"] * 2
-    assert split(1) == (train, held_out) != split(2)

@@ -9,11 +9,13 @@ from mpt.terms import DeviceKind, Feature
 def read_documents(plan: Plan) -> str:
     """Write what reads the text and divides it."""
     data = plan.recipe.data
-    read = _reading(plan, "SOURCE", data.source, "SPLIT")
+    source = data.source if isinstance(data.source, str) else data.source_names
+    eval_source = data.eval_source if isinstance(data.eval_source, str) else data.eval_source_names
+    read = _reading(plan, "SOURCE", source, "SPLIT")
     if data.eval_source is not None:
-        other = _reading(plan, "EVAL_SOURCE", data.eval_source, "SPLIT")
+        other = _reading(plan, "EVAL_SOURCE", eval_source, "SPLIT")
     elif data.eval_split is not None:
-        other = _reading(plan, "SOURCE", data.source, "EVAL_SPLIT")
+        other = _reading(plan, "SOURCE", source, "EVAL_SPLIT")
     else:
         other = "None"
     lines = ["def read_documents(seed):", '    """Read the text: (what is trained on, what is evaluated on)."""']

@@ -10,12 +10,7 @@ DYNAMIC_KEYS = ("initial", "growth_factor", "backoff_factor", "growth_interval")
 
 def sources(plan: Plan) -> list[str]:
     """List every source of text, those for evaluation included."""
-    data = plan.recipe.data
-    return [
-        source
-        for named in (data.source, data.eval_source or [])
-        for source in ([named] if isinstance(named, str) else named)
-    ]
+    return [*plan.recipe.data.source_names, *plan.recipe.data.eval_source_names]
 
 
 def kind_of(source: str) -> str:

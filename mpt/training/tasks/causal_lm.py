@@ -9,6 +9,7 @@ from mpt.planning.plan import Plan
 from mpt.training import data
 from mpt.training.collation import PackedCollator, PaddedCollator
 from mpt.training.data import Documents, Samples, prepare_samples
+from mpt.training.mixture import read_parts
 from mpt.training.model import build_causal_lm
 from mpt.training.row_files import TEXT
 
@@ -20,7 +21,10 @@ def build_model(plan: Plan, tokenizer: PreTrainedTokenizerBase, *, seed: int) ->
 
 def read_documents(plan: Plan, *, seed: int) -> Documents:
     """Read the text, and hold out what is evaluated on; `seed` divides it."""
-    return data.read_documents(plan.recipe.data, seed=seed)
+    section = plan.recipe.data
+    if section.has_plain_sources:
+        return data.read_documents(section, seed=seed)
+    return read_parts(section, data.read_texts, seed=seed)
 
 
 def texts(documents: Documents) -> Iterator[str]:
@@ -30,13 +34,12 @@ def texts(documents: Documents) -> Iterator[str]:
 
 def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Samples:
     """Tokenise the documents and cut them into samples."""
-    source = plan.recipe.data.source
     return prepare_samples(
         documents,
         tokenizer,
         sequence_length=plan.value("sequence_length"),
         packing=plan.value("packing"),
-        source=source if isinstance(source, str) else ", ".join(source),
+        source=", ".join(plan.recipe.data.source_names),
     )
 
 

@@ -46,13 +46,12 @@ def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenize
                 remedy="Take the tokenizer of a model such as BERT or RoBERTa, or have one trained: "
                 "`tokenizer: {train: byte_level_bpe}` with a model.config.",
             )
-    source = plan.recipe.data.source
     samples = prepare_samples(
         documents,
         tokenizer,
         sequence_length=plan.value("sequence_length"),
         packing=plan.value("packing"),
-        source=source if isinstance(source, str) else ", ".join(source),
+        source=", ".join(plan.recipe.data.source_names),
         marks_text=True,
     )
     if samples.held_out is None:

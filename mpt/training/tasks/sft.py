@@ -17,7 +17,7 @@ from mpt.training.collation import PaddedCollator
 from mpt.training.conversation_rows import CONVERSATION, read_conversations
 from mpt.training.conversation_samples import prepare_conversations
 from mpt.training.data import Documents, Samples
-from mpt.training.held_out import read_parts
+from mpt.training.mixture import read_parts
 from mpt.training.model import build_causal_lm
 
 
@@ -59,13 +59,12 @@ def ready_tokenizer(plan: Plan, documents: Documents | None, tokenizer: PreTrain
 
 def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Samples:
     """Tokenise the conversations, with labels for what is learnt."""
-    source = plan.recipe.data.source
     return prepare_conversations(
         documents,
         tokenizer,
         sequence_length=plan.value("sequence_length"),
         train_on=plan.recipe.data.train_on,
-        source=source if isinstance(source, str) else ", ".join(source),
+        source=", ".join(plan.recipe.data.source_names),
     )
 
 

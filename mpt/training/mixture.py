@@ -1,6 +1,6 @@
-"""Rows of several sources -> what is trained on and what is held out.
-
-Called by the tasks whose rows are no documents."""
+"""Several sources -> what is trained on and what is held out: each is read and divided for itself, then they are
+joined, or mixed by their weights. Called by the tasks.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 
 from mpt.errors import MptError
+from mpt.planning.mixing import rows_of_mixture
 from mpt.recipe.schema import DataSection
 from mpt.training.data import SHUFFLE_BUFFER, STREAMED_EVAL_DOCUMENTS, Documents
 
@@ -18,11 +19,10 @@ Read = Callable[[DataSection, str], tuple[Any, tuple[str, ...]]]
 
 def read_parts(section: DataSection, read: Read, *, seed: int) -> Documents:
     """Read every source, and hold out what is evaluated on: of each source its share, or what the recipe names."""
-    found, notices = _read_all(section.parts, section.split, read)
+    found, notices = _read_all(section.parts, None, read)
     held_out: list[Any] = []
     if section.eval_source is not None:
-        others = section.model_copy(update={"source": section.eval_source})
-        held_out, more = _read_all(others.parts, section.split, read)
+        held_out, more = _read_all(section.eval_parts, None, read)
         notices += more
     elif section.eval_split is not None:
         held_out, more = _read_all(section.parts, section.eval_split, read)
@@ -30,19 +30,25 @@ def read_parts(section: DataSection, read: Read, *, seed: int) -> Documents:
     elif section.eval_fraction > 0:
         found, held_out, more = _divide(found, section.eval_fraction, seed)
         notices += more
-    train = _joined(found)
+    if section.weights is None:
+        train = _joined(found)
+    elif section.streaming:
+        train = _mix_streams(found, section, seed)
+    else:
+        train, notice = _mix(found, section, seed)
+        notices.append(notice)
     if section.streaming:
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return Documents(train, _joined(held_out) if held_out else None, tuple(notices))
 
 
-def _read_all(parts: Sequence[DataSection], split: str, read: Read) -> tuple[list[Any], list[str]]:
-    read_parts = [read(part, split) for part in parts]
-    return [table for table, _ in read_parts], [notice for _, notices in read_parts for notice in notices]
+def _read_all(parts: Sequence[DataSection], split: str | None, read: Read) -> tuple[list[Any], list[str]]:
+    found = [read(part, split or part.split) for part in parts]
+    return [table for table, _ in found], [notice for _, notices in found for notice in notices]
 
 
 def _divide(tables: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any], list[str]]:
-    """Hold out a share of each table; of streams, the first rows."""
+    """Hold out a share of each table, at least a row of the largest; of streams, the first rows."""
     if not isinstance(tables[0], datasets.Dataset):
         return _divide_streams(tables)
     counts = [int(len(table) * fraction + 0.5) for table in tables]
@@ -60,13 +66,40 @@ def _divide(tables: list[Any], fraction: float, seed: int) -> tuple[list[Any], l
 def _divide_streams(streams: list[Any]) -> tuple[list[Any], list[Any], list[str]]:
     count = STREAMED_EVAL_DOCUMENTS // len(streams)
     rest = [stream.skip(count) for stream in streams]
-    if all(next(iter(stream), None) is None for stream in rest):
+    if any(next(iter(stream), None) is None for stream in rest):
         raise MptError(
-            f"streaming holds out the first {count} rows of each source, and there are no more to train on",
+            f"streaming holds out the first {count} rows of each source, and one has no more to train on",
             remedy="Leave data.streaming out for data this small, or set data.eval_fraction to 0.",
         )
     notice = f"streaming: the first {count} rows of each source are held out for evaluation"
     return rest, [stream.take(count) for stream in streams], [notice]
+
+
+def _mix(tables: list[Any], section: DataSection, seed: int) -> tuple[Any, str]:
+    """Take of each table its number of rows, drawn without repetition before any row comes again, in a drawn order."""
+    assert section.weights is not None
+    lengths = [len(table) for table in tables]
+    wanted = rows_of_mixture(lengths, section.weights, section.mixing)
+    draw = np.random.default_rng([seed, len(tables)])
+    rows, start, told = [], 0, []
+    for part, length, count in zip(section.parts, lengths, wanted, strict=True):
+        passes, rest = divmod(count, length)
+        rows += [np.tile(np.arange(length), passes) + start, draw.permutation(length)[:rest] + start]
+        start += length
+        told.append(f"{part.source} {count} rows ({count / sum(wanted):.0%}; it has {length})")
+    order = draw.permutation(np.concatenate(rows))
+    return _joined(tables).select(order), f"a pass over the mixture: {', '.join(told)}"
+
+
+def _mix_streams(streams: list[Any], section: DataSection, seed: int) -> Any:
+    assert section.weights is not None
+    total = sum(section.weights)
+    return datasets.interleave_datasets(
+        streams,
+        probabilities=[weight / total for weight in section.weights],
+        seed=seed,
+        stopping_strategy="all_exhausted" if section.mixing == "oversample" else "first_exhausted",
+    )
 
 
 def _joined(tables: list[Any]) -> Any:
