@@ -8,6 +8,7 @@ an exit status.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -40,6 +41,16 @@ class MptError(Exception):
         self.remedy = remedy
         if exit_code is not None:
             self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is pickled by its arguments, and `remedy` is a keyword: processes hand errors on.
+        return _revive, (type(self), self.args, self.__dict__)
+
+
+def _revive(kind: type[MptError], arguments: tuple[Any, ...], values: dict[str, Any]) -> MptError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(values)
+    return error
 
 
 @dataclass(frozen=True, slots=True)

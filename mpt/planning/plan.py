@@ -12,6 +12,7 @@ from mpt.hardware.machine import Machine
 from mpt.hardware.machine_json import machine_from_json, machine_to_json
 from mpt.planning.attention import choose_attention
 from mpt.planning.background_saving import choose_background_saving
+from mpt.planning.data_workers import choose_data_workers
 from mpt.planning.decision import Decision, Origin, Rejected
 from mpt.planning.deepspeed import to_deepspeed
 from mpt.planning.float8_engine import check_recomputed, choose_compile, choose_float8
@@ -186,6 +187,7 @@ def resolve(
         "global_batch_size": layout.global_batch_size,
         "sequence_length": sequence_length,
         "packing": _packing(recipe),
+        "data_workers": choose_data_workers(recipe.data.workers, machine),
         "optimizer": _training_value(recipe, "optim"),
         "learning_rate": _training_value(recipe, "learning_rate"),
         "lr_scheduler": _training_value(recipe, "lr_scheduler_type"),

@@ -7,12 +7,14 @@ time that nothing is prepared; what is missing is made again.
 import fcntl
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import xxhash
+
+from mpt.training.progress import beat
 
 READ_BYTES = 1 << 22
 # A file system's clock ticks every few milliseconds: what changed just now may change once more at the same time.
@@ -62,7 +64,7 @@ def hash_files(paths: Sequence[Path]) -> str:
 
 
 @contextmanager
-def making(final: Path, beat: Callable[[], None]) -> Iterator[Path | None]:
+def making(final: Path) -> Iterator[Path | None]:
     """Give the folder to prepare `final` in, with what an interrupted preparation left there; None where it is there.
 
     It gets its final name when the block ends without an error. One process at a time prepares: the others wait,

@@ -25,17 +25,12 @@ from mpt.training.row_tables import checked_rows, groups, read_table
 READING_FAILED = (datasets.exceptions.DatasetGenerationError, pa.ArrowInvalid, ValueError, OSError)
 
 
-def no_beat() -> None:
-    """Say nothing of the progress."""
-
-
 def read_corpus(
     section: DataSection,
     source: str | list[str],
     *,
     split: str,
     bad: BadRows | None = None,
-    beat: Callable[[], None] = no_beat,
 ) -> datasets.Dataset:
     """Read every document of `source`; `split` is for hub data sets. `bad` comes to know what is left out.
 
@@ -46,9 +41,7 @@ def read_corpus(
     tables = [
         table
         for one in sources
-        for table in _tables(
-            section, one, split, lambda kind: TEXT if is_plain(kind) else section.text_column, bad, beat
-        )
+        for table in _tables(section, one, split, lambda kind: TEXT if is_plain(kind) else section.text_column, bad)
     ]
     table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
     bad.check_share(len(table))
@@ -63,7 +56,6 @@ def read_rows(
     *,
     split: str,
     bad: BadRows | None = None,
-    beat: Callable[[], None] = no_beat,
 ) -> datasets.Dataset:
     """Read every row of `source` with all its columns; lists and objects come back as they were written.
 
@@ -71,7 +63,7 @@ def read_rows(
     """
     sources = [source] if isinstance(source, str) else source
     bad = BadRows(section.max_bad_rows) if bad is None else bad
-    tables = [table for one in sources for table in _tables(section, one, split, lambda _kind: None, bad, beat)]
+    tables = [table for one in sources for table in _tables(section, one, split, lambda _kind: None, bad)]
     try:
         table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
     except (ValueError, TypeError, pa.ArrowInvalid) as error:
@@ -149,7 +141,6 @@ def _tables(
     split: str,
     column_of: Callable[[str], str | None],
     bad: BadRows,
-    beat: Callable[[], None],
 ) -> Iterator[datasets.Dataset]:
     """Read one source as tables, with the column that `column_of` names for a kind of file, or with all (None)."""
     if source.startswith("builtin:"):
@@ -176,7 +167,6 @@ def _tables(
             column,
             max_row_bytes=section.max_row_bytes,
             on_bad=lambda place, row: bad.add(place, row.problem, row.remedy),
-            beat=beat,
         )
         if found.bad and bad.count == told:  # it comes from the cache
             for place, problem, remedy in found.examples:

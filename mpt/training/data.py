@@ -3,21 +3,22 @@
 What the reader should hear of (a remainder dropped, documents truncated) comes back as notices.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from mpt.errors import MptError
 from mpt.recipe.schema import DataSection
 from mpt.training.bad_rows import BadRows
-from mpt.training.corpus import no_beat, read_corpus, stream_corpus
+from mpt.training.cache import digest
+from mpt.training.corpus import read_corpus, stream_corpus
+from mpt.training.encoding import Encoder, TokenRows
 from mpt.training.packing import PackedBlocks
 from mpt.training.row_files import TEXT
+from mpt.training.shards import prepare_table, row_sizes
 
 STREAMED_EVAL_DOCUMENTS = 200
 SHUFFLE_BUFFER = 10_000
@@ -42,14 +43,14 @@ class Samples:
     is_chat: bool = False
 
 
-def read_documents(section: DataSection, *, seed: int, beat: Callable[[], None] = no_beat) -> Documents:
+def read_documents(section: DataSection, *, seed: int) -> Documents:
     """Read the recipe's text and hold out what is evaluated on; the split is by document and repeats for a seed."""
     if section.streaming:
         return _streamed(section, seed)
-    train, notices = _read(section, section.source_names, section.split, beat)
+    train, notices = _read(section, section.source_names, section.split)
     if section.eval_source is not None or section.eval_split is not None:
         source = section.source_names if section.eval_source is None else section.eval_source_names
-        held_out, more = _read(section, source, section.eval_split or section.split, beat)
+        held_out, more = _read(section, source, section.eval_split or section.split)
         return Documents(train, held_out, (*notices, *more))
     if section.eval_fraction == 0:
         return Documents(train, None, notices)
@@ -65,15 +66,13 @@ def read_texts(section: DataSection, split: str) -> tuple[Any, tuple[str, ...]]:
     """Read the text of a section's one source, of a split: a table or stream, and what was left out."""
     if section.streaming:
         return stream_corpus(section, str(section.source), split=split), ()
-    return _read(section, str(section.source), split, no_beat)
+    return _read(section, str(section.source), split)
 
 
-def _read(
-    section: DataSection, source: str | list[str], split: str, beat: Callable[[], None]
-) -> tuple[datasets.Dataset, tuple[str, ...]]:
+def _read(section: DataSection, source: str | list[str], split: str) -> tuple[datasets.Dataset, tuple[str, ...]]:
     """Read documents, and say what was left out."""
     bad = BadRows(section.max_bad_rows)
-    table = read_corpus(section, source, split=split, bad=bad, beat=beat)
+    table = read_corpus(section, source, split=split, bad=bad)
     return table, tuple(bad.notices(len(table)))
 
 
@@ -85,8 +84,9 @@ def prepare_samples(
     packing: bool,
     source: str,
     marks_text: bool = False,
+    workers: int = 1,
 ) -> Samples:
-    """Tokenise, and pack or truncate. Raises MptError where the text is too short for one sample.
+    """Tokenise, and pack or truncate; `workers` processes do it. Raises MptError where the text is too short.
 
     `marks_text`: the tokenizer's own marks stand around each document, in the place of an end of text after it.
     """
@@ -96,10 +96,13 @@ def prepare_samples(
     notices = list(documents.notices)
     if tokenizer.eos_token_id is None and not marks_text:
         notices.append("the tokenizer has no end-of-text token: documents follow one another unmarked")
-    train = _tokenise(documents.train, encode, None if packing else sequence_length)
+    rows = TokenRows(encode, None if packing else sequence_length)
+    prepared = prepare_table(documents.train, rows, workers=workers)
+    notices += prepared.notices
+    train = prepared.table
     held_out = None
     if documents.held_out is not None:
-        held_out = _tokenise(documents.held_out, encode, None if packing else sequence_length)
+        held_out = prepare_table(documents.held_out, rows, workers=workers).table
     if not packing:
         notices += _truncation_notice(train, sequence_length)
         return Samples(
@@ -131,94 +134,33 @@ def prepare_samples(
 
 def _cut_tail(train: datasets.Dataset, fraction: float) -> Documents:
     """Hold out the end of the longest document where the documents are too few to hold a whole one out."""
-    texts: list[str] = train[TEXT][:]
-    longest = max(range(len(texts)), key=lambda index: len(texts[index]))
-    text = texts[longest]
-    size = min(int(sum(map(len, texts)) * fraction), len(text) // 2)
+    sizes = row_sizes(train)
+    longest = int(np.argmax(sizes))
+    text = train[longest][TEXT]
+    # Bytes and characters: a share of the whole, however it is counted.
+    size = min(int(len(text) * fraction * sizes.sum() / sizes[longest]), len(text) // 2)
     cut = text.find("\n", len(text) - size) + 1
     if cut <= 0:
         cut = len(text) - size
-    kept = [text[:cut] if index == longest else other for index, other in enumerate(texts)]
-    count = f"{len(texts)} document{'s' if len(texts) > 1 else ''}"
+    before, after = range(longest), range(longest + 1, len(train))
+    parts = [train.select(rows) if rows else None for rows in (before, after)]
+    kept = [parts[0], _one_document(text[:cut], train), parts[1]]
+    count = f"{len(train)} document{'s' if len(train) > 1 else ''}"
     return Documents(
-        datasets.Dataset.from_dict({TEXT: kept}),
-        datasets.Dataset.from_dict({TEXT: [text[cut:]]}),
+        datasets.concatenate_datasets([part for part in kept if part is not None]),
+        _one_document(text[cut:], train),
         (f"{count}: the end of the longest ({len(text) - cut} characters) is held out for evaluation",),
     )
 
 
-class Encoder:
-    """Texts -> tokens, a row a document: marked as the tokenizer marks one, or with an end of text after it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, marks_text: bool) -> None:
-        self.tokenizer = tokenizer
-        self.marks_text = marks_text
-        self._end = [] if tokenizer.eos_token_id is None or marks_text else [tokenizer.eos_token_id]
-        # One token has no next one to predict, and marks alone are no text.
-        self._fewest = 1 + tokenizer.num_special_tokens_to_add() if marks_text else 2
-
-    def __call__(self, texts: list[str]) -> list[list[int]]:
-        """Encode the texts; those without a visible character are left out."""
-        texts = [text for text in texts if text.strip()]
-        rows = self.tokenizer(texts, add_special_tokens=self.marks_text)["input_ids"] if texts else []
-        return [row + self._end for row in rows]
-
-    def is_enough(self, row: list[int]) -> bool:
-        """Whether a row teaches anything by itself."""
-        return len(row) >= self._fewest
-
-    def cut(self, row: list[int], limit: int) -> list[int]:
-        """Truncate a row; the mark at its end stays."""
-        if len(row) <= limit or not self.marks_text:
-            return row[:limit]
-        return [*row[: limit - 1], row[-1]]
-
-    @property
-    def identity(self) -> tuple[str, bool]:
-        return identify(self.tokenizer), self.marks_text
-
-
-def _tokenise(table: datasets.Dataset, encode_texts: Encoder, limit: int | None) -> datasets.Dataset:
-    """Encode every document; with `limit`, at most so many tokens of it.
-
-    The result is cached by `datasets`, beside the table it came from (in Hugging Face's cache, never by the user's
-    files); the fingerprint is ours, because a tokenizer's pickle changes with use.
-    """
-
-    def encode(batch: dict[str, list[str]]) -> dict[str, list[Any]]:
-        rows = encode_texts(batch[TEXT])
-        if limit is None:
-            return {"input_ids": rows}
-        rows = [row for row in rows if encode_texts.is_enough(row)]
-        cut = [encode_texts.cut(row, limit) for row in rows]
-        return {"input_ids": cut, "truncated": [len(row) > limit for row in rows]}
-
-    features = {"input_ids": datasets.List(datasets.Value("int32"))}
-    if limit is not None:
-        features["truncated"] = datasets.Value("bool")
-    in_memory = not table.cache_files
-    identity = "" if in_memory else Hasher.hash((table._fingerprint, encode_texts.identity, limit, "tokenised-2"))
-    return table.map(
-        encode,
-        batched=True,
-        remove_columns=table.column_names,
-        features=datasets.Features(features),
-        keep_in_memory=in_memory,
-        load_from_cache_file=not in_memory,
-        new_fingerprint=identity or None,
-    )
-
-
-def identify(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Write down what a tokenizer does; its pickle changes with use."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return (
-        backend.to_str() if backend is not None else f"{tokenizer.name_or_path} {sorted(tokenizer.get_vocab().items())}"
-    )
+def _one_document(text: str, like: datasets.Dataset) -> datasets.Dataset:
+    table = datasets.Dataset.from_dict({TEXT: [text]}, features=like.features)
+    table._fingerprint = digest("document", text)
+    return table
 
 
 def _truncation_notice(train: datasets.Dataset, limit: int) -> list[str]:
-    count = int(np.count_nonzero(train.with_format("numpy")["truncated"][:])) if len(train) else 0
+    count = sum(chunk.true_count for chunk in train.data.column("truncated").chunks)
     return [f"{count} of {len(train)} documents are longer than {limit} tokens and were truncated"] if count else []
 
 

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from mpt.recipe.schema import DataSection
 from mpt.recipe.sources import expand
 from mpt.training.corpus import load_hub
-from mpt.training.data import Documents, Samples, identify
+from mpt.training.data import Documents, Samples
+from mpt.training.encoding import identify
 from mpt.training.packing import PackedBlocks
 
 PIECE = 1 << 18  # bytes; a file of at most three pieces is read whole

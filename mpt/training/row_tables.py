@@ -18,6 +18,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from mpt.recipe.sources import kind_of
 from mpt.training.bad_rows import SHOWN
 from mpt.training.cache import cache_folder, digest, hash_files, making
+from mpt.training.progress import beat
 from mpt.training.row_files import TEXT, BadRow, Rows, json_kind, read_file
 
 VERSION = "rows-1"
@@ -66,7 +67,6 @@ def read_table(
     *,
     max_row_bytes: int,
     on_bad: Callable[[str, BadRow], None],
-    beat: Callable[[], None],
 ) -> RowTable:
     """Read rows from the cache, or from the files into it: `column` alone under the name `text`, or (None) all columns.
 
@@ -74,9 +74,9 @@ def read_table(
     """
     key = digest(VERSION, hash_files(paths), [kind_of(path) for path in paths], column, max_row_bytes)
     folder = cache_folder("rows") / key
-    with making(folder, beat) as staging:
+    with making(folder) as staging:
         if staging is not None:
-            _write(paths, column, max_row_bytes, staging, on_bad, beat)
+            _write(paths, column, max_row_bytes, staging, on_bad)
     table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     table._fingerprint = key
     told = json.loads((folder / "bad.json").read_text(encoding="utf-8"))
@@ -206,7 +206,6 @@ def _write(
     max_row_bytes: int,
     folder: Path,
     on_bad: Callable[[str, BadRow], None],
-    beat: Callable[[], None],
 ) -> None:
     """Write rows.arrow and bad.json.
 
@@ -221,16 +220,14 @@ def _write(
     if column is not None:
         columns.kinds = {TEXT: "text"}
     rows = checked_rows(paths, column, max_row_bytes=max_row_bytes, columns=columns)
-    features = _write_rows(rows, folder, columns, note, beat)
+    features = _write_rows(rows, folder, columns, note)
     if features != columns.features:
         rows = checked_rows(paths, column, max_row_bytes=max_row_bytes)
-        _write_rows(rows, folder, columns, lambda _place, _row: None, beat)
+        _write_rows(rows, folder, columns, lambda _place, _row: None)
     (folder / "bad.json").write_text(json.dumps({"count": found.count, "rows": found.examples}), encoding="utf-8")
 
 
-def _write_rows(
-    rows: Rows, folder: Path, columns: Columns, on_bad: Callable[[str, BadRow], None], beat: Callable[[], None]
-) -> datasets.Features:
+def _write_rows(rows: Rows, folder: Path, columns: Columns, on_bad: Callable[[str, BadRow], None]) -> datasets.Features:
     """Write the good rows with the columns as they are known after the first batch, for as long as these hold; give
     these."""
     writer: _Writer | None = None

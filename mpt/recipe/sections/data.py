@@ -97,6 +97,9 @@ class DataSection(Section):
     sample, truncated at `sequence_length`; how many were is reported."""
     streaming: Flag = False
     """Read and tokenise while training, for data larger than the disk cache. Needs `training.max_steps`."""
+    workers: Literal["auto"] | PositiveInt = "auto"
+    """Processes that tokenise, on each node; the result is the same for any number. `auto`: one for each core that the
+    run may use, at most 32."""
     max_bad_rows: Annotated[Number, Field(ge=0)] = 0
     """Rows that may be left out because they can't be used (broken JSON or UTF-8, no text, another schema than the rows
     before): a number, or below 1 a share of all rows. 0: the first one ends the run, with its file and line."""

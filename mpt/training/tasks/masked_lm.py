@@ -51,6 +51,7 @@ def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenize
         tokenizer,
         sequence_length=plan.value("sequence_length"),
         packing=plan.value("packing"),
+        workers=plan.value("data_workers"),
         source=", ".join(plan.recipe.data.source_names),
         marks_text=True,
     )
