@@ -20,8 +20,9 @@ from mpt.recipe.sources import FILL, check_builtin, expand, kind_of
 from mpt.training.bad_rows import BadRows
 from mpt.training.builtin_questions import builtin_questions
 from mpt.training.cache import cache_folder, digest, hash_files, making
-from mpt.training.corpus import load_hub, no_beat
+from mpt.training.corpus import load_hub
 from mpt.training.layouts import BadRowError, known_layouts, layout_of, to_conversation
+from mpt.training.progress import beat
 from mpt.training.row_files import BadRow, read_file
 
 CONVERSATION, PLACE = "conversation", "place"
@@ -150,7 +151,7 @@ def _table(source: _Source, layout: str) -> tuple[datasets.Dataset, tuple[str, .
     section = source.section
     asked = (layout, section.messages_column, section.train_on == "all", section.max_bad_rows, section.max_row_bytes)
     folder = cache_folder("conversations") / digest(VERSION, source.identity, *asked)
-    with making(folder, no_beat) as staging:
+    with making(folder) as staging:
         if staging is not None:
             notices = _write(source, layout, staging / "rows.arrow")
             (staging / "notices.json").write_text(json.dumps(notices), encoding="utf-8")
@@ -165,6 +166,7 @@ def _write(source: _Source, layout: str, path: Path) -> list[str]:
     found = _conversations(source, layout)
     with pa.ipc.new_stream(str(path), schema) as writer:
         while batch := list(islice(found, BATCH_ROWS)):
+            beat()
             places, texts = [], []
             for place, row in batch:
                 if isinstance(row, BadRow):

@@ -5,18 +5,20 @@ out because no token that is learnt lies within the sequence length.
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import datasets
 import numpy as np
-from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from mpt.errors import MptError
 from mpt.training.collation import IGNORED
 from mpt.training.conversation_rows import CONVERSATION, PLACE
 from mpt.training.conversations import ConversationWriter, encode
-from mpt.training.data import Documents, Samples, identify
+from mpt.training.data import Documents, Samples
+from mpt.training.encoding import identify
+from mpt.training.shards import prepare_table
 
 TOKENS = datasets.List(datasets.Value("int32"))
 FEATURES = {"input_ids": TOKENS, "labels": TOKENS}
@@ -26,12 +28,20 @@ VERSION = "conversations-1"
 
 
 def prepare_conversations(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, *, sequence_length: int, train_on: str, source: str
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sequence_length: int,
+    train_on: str,
+    source: str,
+    workers: int = 1,
 ) -> Samples:
     """Tokenise. Raises MptError where nothing is left to learn, or where the template can't write a conversation."""
     if not isinstance(documents.train, datasets.Dataset):
         return _stream(documents, tokenizer, sequence_length, train_on)
-    train = _tokenise(documents.train, tokenizer, sequence_length, train_on)
+    rows = ConversationRows(tokenizer, sequence_length, train_on)
+    prepared = prepare_table(documents.train, rows, workers=workers)
+    train = prepared.table
     if len(train) == 0:
         raise MptError(
             f"no conversation of {source} has a token to learn within data.sequence_length {sequence_length}",
@@ -39,8 +49,8 @@ def prepare_conversations(
         )
     held_out = None
     if documents.held_out is not None and len(documents.held_out):
-        held_out = _tokenise(documents.held_out, tokenizer, sequence_length, train_on)
-    notices = [*documents.notices, *_told(train, len(documents.train), sequence_length)]
+        held_out = prepare_table(documents.held_out, rows, workers=workers).table
+    notices = [*documents.notices, *prepared.notices, *_told(train, len(documents.train), sequence_length)]
     if documents.held_out is not None and not held_out:
         notices.append("no held-out conversation has a token to learn: nothing is evaluated")
     columns = list(FEATURES)
@@ -52,24 +62,28 @@ def prepare_conversations(
     )
 
 
-def _tokenise(
-    table: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, limit: int, train_on: str
-) -> datasets.Dataset:
-    """Tokenise every conversation; those with nothing to learn are left out. Cached by `datasets`."""
-    in_memory = not table.cache_files
-    known = (table._fingerprint, identify(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map)
-    return table.map(
-        _encoder(tokenizer, limit, train_on, counts=True),
-        batched=True,
-        remove_columns=table.column_names,
-        features=datasets.Features(FEATURES | COUNTS),
-        keep_in_memory=in_memory,
-        load_from_cache_file=not in_memory,
-        new_fingerprint=None if in_memory else Hasher.hash((*known, limit, train_on, VERSION)),
-    )
+class ConversationRows:
+    """Prepares a table of conversations: the tokens and labels of each; those with nothing to learn are left out."""
+
+    features = datasets.Features(FEATURES | COUNTS)
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, limit: int, train_on: str) -> None:
+        self.tokenizer, self.limit, self.train_on = tokenizer, limit, train_on
+        known = (identify(tokenizer), tokenizer.chat_template, tokenizer.special_tokens_map)
+        self.identity = (*known, limit, train_on, VERSION)
+        self._convert = _encoder(tokenizer, limit, train_on, counts=True)
+
+    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[Any]]:
+        """Tokenise a batch."""
+        return self._convert(batch)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ConversationRows, (self.tokenizer, self.limit, self.train_on)
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, limit: int, train_on: str, *, counts: bool) -> Any:
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, limit: int, train_on: str, *, counts: bool
+) -> Callable[[dict[str, list[str]]], dict[str, list[Any]]]:
     writer = ConversationWriter(tokenizer, train_on)
 
     def convert(batch: dict[str, list[str]]) -> dict[str, list[Any]]:

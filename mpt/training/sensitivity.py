@@ -196,7 +196,6 @@ def _read_data(plan: Plan, task: Any, folder: Path, seed: int) -> tuple[Any, Any
             lambda: task.texts(documents),
             section.vocab_size if section is not None else plan.facts.vocab_size,
             is_writer=True,
-            barrier=lambda: None,
             special_tokens=special_tokens_of(task, plan),
         )
     else:

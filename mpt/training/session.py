@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,7 @@ from mpt.training.health import HealthMonitor, Thresholds
 from mpt.training.outcome import StopRequest
 from mpt.training.precision.apply import DTYPES, apply_precision
 from mpt.training.precision.pure_bf16 import PureBf16AdamW
+from mpt.training.progress import heard_by
 from mpt.training.repeated_stream import RepeatedStream
 from mpt.training.replay import Replay
 from mpt.training.saving import full_weights, save_final
@@ -43,6 +45,7 @@ from mpt.training.tasks import evaluation_of, ready_tokenizer, special_tokens_of
 from mpt.training.tokenizer import is_trained, load_tokenizer, read_tokenizer, trained_tokenizer
 from mpt.training.trackers import Trackers
 from mpt.training.trainer import PlanTrainer, data_seed
+from mpt.training.turns import rank_0_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ def train(
     replay = None if asked is None or asked.incident is None else Replay(Path(asked.incident), rank)
     phase("data")
     if replay is None:
-        tokenizer, samples = _prepare(plan, run, arguments, journal, task, barrier)
+        with heard_by(heartbeat.beat):
+            tokenizer, samples = _prepare(plan, run, attempt, arguments, journal, task)
     else:
         tokenizer = read_tokenizer(run.tokenizer) if is_trained(plan.recipe) else load_tokenizer(plan.recipe)
         ready_tokenizer(task, plan, None, tokenizer)
@@ -131,10 +135,16 @@ def train(
 
 
 def _prepare(
-    plan: Plan, run: RunDirectory, arguments: TrainingArguments, journal: Journal, task: ModuleType, barrier: Any
+    plan: Plan,
+    run: RunDirectory,
+    attempt: AttemptDirectory,
+    arguments: TrainingArguments,
+    journal: Journal,
+    task: ModuleType,
 ) -> tuple[Any, Samples]:
     """Read the text, load or train the tokenizer, and tokenise: rank 0 first, the others from its cache."""
-    with arguments.main_process_first(desc="preparing the data"):
+    in_turn = partial(rank_0_first, attempt.path, rank=arguments.process_index, world_size=arguments.world_size)
+    with in_turn("reading"):
         documents = task.read_documents(plan, seed=data_seed(arguments))
         if not is_trained(plan.recipe):
             tokenizer = load_tokenizer(plan.recipe)
@@ -146,7 +156,6 @@ def _prepare(
             lambda: task.texts(documents),
             asked,
             is_writer=arguments.process_index == 0,
-            barrier=barrier,
             marks_text=getattr(task, "MARKS_TEXT", False),
             special_tokens=special_tokens_of(task, plan),
         )
@@ -156,7 +165,7 @@ def _prepare(
                 text=f"the text yields {len(tokenizer)} tokenizer entries of {asked}; the model keeps its planned size",
             )
     told = ready_tokenizer(task, plan, documents, tokenizer)
-    with arguments.main_process_first(desc="tokenising"):
+    with in_turn("tokenising"):
         samples = task.prepare_data(plan, documents, tokenizer)
     if plan.recipe.data.streaming:
         samples = replace(samples, train=RepeatedStream(samples.train))

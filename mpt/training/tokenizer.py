@@ -9,13 +9,14 @@ A trained one lives in the run directory, so that every rank and every later att
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mpt.errors import MptError
 from mpt.recipe.schema import Recipe
+from mpt.training.progress import beat
+from mpt.training.turns import wait_for
 
 END_OF_TEXT = "<|endoftext|>"
 PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"  # BERT's names (Devlin et al. 2019), its pad at 0
@@ -56,7 +57,6 @@ def trained_tokenizer(
     vocab_size: int,
     *,
     is_writer: bool,
-    barrier: Callable[[], Any],
     marks_text: bool = False,
     special_tokens: Sequence[str] = (),
 ) -> PreTrainedTokenizerBase:
@@ -66,11 +66,16 @@ def trained_tokenizer(
     """
     if is_writer and not folder.exists():
         staging = folder.with_name(f".staging-{folder.name}-{os.getpid()}")
-        made = train_tokenizer(texts(), vocab_size, marks_text=marks_text, special_tokens=special_tokens)
+        made = train_tokenizer(map(_alive, texts()), vocab_size, marks_text=marks_text, special_tokens=special_tokens)
         made.save_pretrained(str(staging))
         staging.rename(folder)
-    barrier()
+    wait_for(folder)
     return read_tokenizer(folder)
+
+
+def _alive(text: str) -> str:
+    beat()
+    return text
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from mpt.errors import MptError
 from mpt.recipe.schema import DataSection
 from mpt.training import shards
+from mpt.training.conversation_samples import ConversationRows
 from mpt.training.corpus import read_corpus
 from mpt.training.data import prepare_samples, read_documents
 from mpt.training.encoding import Encoder, TokenRows
@@ -147,6 +149,22 @@ def test_an_error_in_one_of_the_processes_is_the_callers(tmp_path: Path) -> None
     with pytest.raises(MptError, match="was killed") as caught:
         prepare_table(corpus(tmp_path), Failing(kills=True), workers=2)
     assert "data.workers" in caught.value.remedy
+
+
+def test_what_is_sent_to_another_process_prepares_the_same(tokenizer: Any) -> None:
+    texts = {"text": TEXTS[:5]}
+    rows = TokenRows(Encoder(tokenizer, marks_text=False), 30)
+    assert pickle.loads(pickle.dumps(rows))(texts) == rows(texts)
+    conversations = ConversationRows(tokenizer, 64, "assistant")
+    batch = {
+        "conversation": [json.dumps({"text": [text[:20], text[20:99]]}) for text in TEXTS[:5]],
+        "place": ["x"] * 5,
+    }
+    first, second = pickle.loads(pickle.dumps(conversations))(batch), conversations(batch)
+    assert {key: [list(row) for row in first[key]] for key in ("input_ids", "labels")} == {
+        key: [list(row) for row in second[key]] for key in ("input_ids", "labels")
+    }
+    assert len(second["input_ids"]) > 0
 
 
 def test_signs_of_life_come_while_a_table_is_prepared(tokenizer: Any, tmp_path: Path) -> None:

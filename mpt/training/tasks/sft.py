@@ -65,6 +65,7 @@ def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenize
         sequence_length=plan.value("sequence_length"),
         train_on=plan.recipe.data.train_on,
         source=", ".join(plan.recipe.data.source_names),
+        workers=plan.value("data_workers"),
     )
 
 
