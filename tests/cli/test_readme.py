@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from mpt.recipe.load import check_recipe
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -64,6 +66,14 @@ def test_every_option_that_the_readme_names_exists() -> None:
         f"--{name.replace('_', '-')}" for name in re.findall(r"^    (\w+): Annotated", told, re.MULTILINE)
     }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+
+
+def test_every_recipe_of_the_readme_is_valid(tmp_path: Path) -> None:
+    recipes = [text for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "model:" in text]
+    assert recipes
+    for text in recipes:
+        tmp_path.joinpath("recipe.yaml").write_text(text, encoding="utf-8")
+        assert check_recipe(tmp_path / "recipe.yaml") == []
 
 
 def test_scripts_test_hands_its_arguments_to_pytest() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from mpt.recipe.catalog import find_recipe
+from mpt.recipe.load import load_recipe
 from mpt.running.run_directory import RunDirectory
 from mpt.training.builtin_questions import builtin_questions
 from tests.training.tiny_runs import LLAMA, Run, continue_from, save_base, tiny_recipe
@@ -132,6 +134,14 @@ def test_adapters_on_a_base_without_a_template_learn_in_one_that_needs_no_new_to
     assert "conversations are written as vicuna" in " ".join(run.texts("notice", "text"))
     assert run.steps[8]["loss"] < run.steps[1]["loss"]
     assert (run.directory.final / "chat_template.jinja").read_text().startswith("{{- bos_token -}}")
+
+
+def test_the_built_in_recipe_trains(tmp_path: Path) -> None:
+    small = ["training.max_steps=2", "training.eval_steps=2", "model.config.hidden_size=64", "precision=fp32"]
+    run = Run(RunDirectory(tmp_path), load_recipe(find_recipe("python-answers"), small))
+    assert run.train() == 0, run.log()
+    assert list(run.steps) == [1, 2]
+    assert run.last_word()["eval_loss"] > 0
 
 
 def test_a_source_whose_answers_lie_beyond_the_sequence_length_is_refused(
