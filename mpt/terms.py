@@ -46,7 +46,7 @@ class DeviceKind(StrEnum):
 
 
 class Attention(StrEnum):
-    """Transformers' own names of the attention implementations."""
+    """Transformers' own names of the attention implementations; those with a slash come from the kernels hub."""
 
     FLASH_ATTENTION_4 = "flash_attention_4"
     FLASH_ATTENTION_3 = "flash_attention_3"
@@ -54,6 +54,19 @@ class Attention(StrEnum):
     SDPA = "sdpa"
     FLEX = "flex_attention"
     EAGER = "eager"
+    HUB_FLASH_ATTENTION_2 = "kernels-community/flash-attn2"
+    HUB_FLASH_ATTENTION_3 = "kernels-community/flash-attn3"
+    HUB_VLLM_FLASH_ATTENTION_3 = "kernels-community/vllm-flash-attn3"
+    HUB_FLASH_ATTENTION_4 = "kernels-community/flash-attn4"
+    HUB_AITER_FLASH_ATTENTION = "kernels-community/aiter-flash-attn"
+
+
+class Packing(StrEnum):
+    """How documents become samples."""
+
+    BLOCKS = "blocks"
+    BEST_FIT = "best_fit"
+    NONE = "none"
 
 
 class Strategy(StrEnum):

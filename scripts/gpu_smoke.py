@@ -42,7 +42,7 @@ CASES = (
     Case("bf16, checkpointing", ("gradient_checkpointing=true", "precision=bf16"), (Feature.BF16,)),
     Case("bf16, compiled", ("training.torch_compile=true", "precision=bf16"), (Feature.BF16,)),
     Case("eager attention", ("attention=eager",)),
-    Case("flash_attention_2", ("attention=flash_attention_2",), (Feature.FLASH_ATTENTION_2,), ("flash_attn",)),
+    Case("flash_attention_2", ("attention=flash_attention_2",), (Feature.FLASH_ATTENTION_2,), ("flash-attn",)),
     Case("zero1 bf16", ("distributed={strategy: zero1}", "precision=bf16"), (Feature.BF16,), ("deepspeed",)),
     Case("zero2 fp16", ("distributed={strategy: zero2}", "precision=fp16"), (Feature.FP16,), ("deepspeed",)),
     Case("zero3 bf16", ("distributed={strategy: zero3}", "precision=bf16"), (Feature.BF16,), ("deepspeed",)),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from mpt.errors import MptError
+from mpt.planning.attention import KERNEL
 from mpt.planning.engines import check_trainable
 from mpt.planning.plan import Plan, resolve
 from mpt.planning.workload import Workload, trainable_parameters
@@ -10,7 +11,7 @@ from mpt.recipe.schema import DistributedSection, OffloadSection, PrecisionSecti
 from mpt.terms import Attention, Method, Precision, Strategy, Task
 
 # Kernels that exist for 16 bits alone.
-HALF_ONLY = (Attention.FLASH_ATTENTION_2, Attention.FLASH_ATTENTION_3, Attention.FLASH_ATTENTION_4)
+HALF_ONLY = tuple(KERNEL)
 
 
 def plan_reference(plan: Plan, packages: frozenset[str] | None) -> Plan | None:

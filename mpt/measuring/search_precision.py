@@ -32,6 +32,7 @@ from mpt.measuring.precision_policy import (
     with_changes,
 )
 from mpt.measuring.sensitivity_child import Child
+from mpt.planning.attention_support import is_flash
 from mpt.planning.float8 import TORCHAO_INSTALL, TORCHAO_RECIPES, choose_float8_layers
 from mpt.planning.float8_engine import RULED
 from mpt.planning.model_facts import ModelFacts
@@ -389,7 +390,7 @@ def _reference_recipe(recipe: Recipe) -> Recipe:
         recipe,
         {"mode": "fp32"},
         distributed={"strategy": "single"},
-        attention="sdpa" if str(recipe.attention).startswith("flash") else recipe.attention,  # flash knows 16 bits only
+        attention="sdpa" if is_flash(recipe.attention) else recipe.attention,  # flash knows 16 bits only
         micro_batch_size=recipe.asked_micro_batch_size,
         gradient_checkpointing=False,
         training=seeds,

@@ -68,7 +68,8 @@ class Recipe(Section):
     precision: Annotated[PrecisionSection, short_form("precision")] = PrecisionSection()
     """The number formats; a text is its `mode`."""
     attention: Literal["auto"] | Attention = "auto"
-    """The attention implementation, in transformers' names."""
+    """The attention implementation, in transformers' names. auto: the fastest that device, precision, model and
+    installed packages allow. A name with a slash is a kernel that the package `kernels` fetches from the hub."""
     global_batch_size: PositiveInt | None = None
     """Samples an optimizer step, over all devices and accumulation steps."""
     micro_batch_size: PositiveInt | None = None
