@@ -13,8 +13,6 @@ def without_engine(plan: Plan) -> list[str]:
     wishes = []
     if plan.value("task") not in TRAINED:
         wishes.append(f"task: {plan.value('task')}")
-    if plan.value("task") == Task.SFT and plan.value("packing"):
-        wishes.append("data.packing of conversations")
     if plan.value("distributed.strategy") == Strategy.FSDP2:
         wishes.append("distributed.strategy: fsdp2")
     if plan.value("nodes") > 1:

@@ -21,6 +21,7 @@ from mpt.planning.memory import MemoryEstimate
 from mpt.planning.model_facts import ModelFacts
 from mpt.planning.modules import ModuleShape
 from mpt.planning.number_formats import check_static_scale
+from mpt.planning.packing import choose_packing, choose_pad_multiple, choose_padding_free, wants_best_fit
 from mpt.planning.precision import CheckpointFacts, choose_precision
 from mpt.planning.quantization import choose_quantization
 from mpt.planning.sharding import choose_layout, formats_for
@@ -28,9 +29,9 @@ from mpt.planning.trackers import choose_trackers, tracker_arguments
 from mpt.planning.training_arguments import to_training_arguments
 from mpt.recipe.schema import Recipe
 from mpt.recipe.training_keys import training_arguments
-from mpt.terms import Attention, DeviceKind, Feature, Method, Precision, Task
+from mpt.terms import Attention, DeviceKind, Feature, Method, Packing, Precision
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +141,15 @@ def resolve(
     has_islands = bool(islands)
     quantization = choose_quantization(recipe, precision.value, machine, facts, modules, packages, islands)
     attention = choose_attention(
-        None if recipe.attention == "auto" else Attention(recipe.attention), machine, precision.value, packages
+        None if recipe.attention == "auto" else Attention(recipe.attention),
+        machine,
+        precision.value,
+        packages,
+        facts,
+        is_packed=wants_best_fit(recipe),
     )
+    packing = choose_packing(recipe, facts.model_type, attention.value)
+    padding_free = choose_padding_free(recipe.task, packing.value, attention.value, facts.model_type)
     sequence_length = _sequence_length(recipe, facts)
     layout = choose_layout(recipe, machine, facts, precision.value, attention.value, sequence_length.value, has_islands)
     compile_ = choose_compile(recipe, fp8.value, layout.strategy.value)
@@ -163,6 +171,7 @@ def resolve(
         by_deepspeed=layout.strategy.value.zero_stage is not None,
         by_deepspeed_autocast=has_islands and layout.strategy.value.zero_stage is not None,
         compiles=compile_.value,
+        has_even_batches=packing.value is Packing.BLOCKS,
     ) | tracker_arguments(trackers.value, recipe, name)
     values: dict[str, Decision[Any]] = {
         "task": _asked_or_default(recipe, "task", recipe.task.value, "predict the next token"),
@@ -186,7 +195,15 @@ def resolve(
         "gradient_accumulation_steps": layout.gradient_accumulation_steps,
         "global_batch_size": layout.global_batch_size,
         "sequence_length": sequence_length,
-        "packing": _packing(recipe),
+        "packing": packing,
+        "padding_free": padding_free,
+        "pad_to_multiple_of": choose_pad_multiple(
+            None if recipe.data.pad_to_multiple_of == "auto" else recipe.data.pad_to_multiple_of,
+            packing.value,
+            precision.value,
+            machine,
+            padding_free=padding_free.value,
+        ),
         "data_workers": choose_data_workers(recipe.data.workers, machine),
         "optimizer": _training_value(recipe, "optim"),
         "learning_rate": _training_value(recipe, "learning_rate"),
@@ -246,12 +263,6 @@ def _asked_or_default(section: Any, key: str, value: Any, reason: str) -> Decisi
     if key in section.model_fields_set:
         return Decision(value, Origin.ASKED, "the recipe asks for it")
     return Decision(value, Origin.AUTO, f"mpt's default: {reason}")
-
-
-def _packing(recipe: Recipe) -> Decision[bool]:
-    if recipe.task is Task.SFT and "packing" not in recipe.data.model_fields_set:
-        return Decision(False, Origin.AUTO, "a conversation is a sample of its own")
-    return _asked_or_default(recipe.data, "packing", recipe.data.packing, "blocks without padding waste no compute")
 
 
 def _training_value(recipe: Recipe, key: str) -> Decision[Any]:

@@ -14,7 +14,7 @@ from mpt.planning.script_parts.assembly import Piece, code, embed, join, needed_
 from mpt.planning.script_parts.constants import constants
 from mpt.planning.script_parts.functions import build_arguments, main, read_documents
 from mpt.planning.script_parts.header import header, installed
-from mpt.terms import Method, Strategy, Task
+from mpt.terms import Method, Packing, Strategy, Task
 
 LONGEST_LINE = 120
 
@@ -53,6 +53,10 @@ def _refuse(plan: Plan) -> None:
         wishes.append(f"{plan.value('nodes')} nodes")
     if not plan.recipe.data.has_plain_sources:
         wishes.append("data.source with maps")
+    if plan.value("packing") == Packing.BEST_FIT:
+        wishes.append("data.packing: best_fit")
+    if plan.value("padding_free"):
+        wishes.append("batches without padding (data.packing: none with Flash Attention)")
     if plan.recipe.data.streaming and "builtin" in needs.kinds(plan):
         wishes.append("data.streaming of the built-in corpus")
     if wishes:
@@ -73,7 +77,7 @@ def _data(plan: Plan) -> list[Piece]:
         names.append("stream_text_only" if is_streamed else "text_only")
     names += [f"{'stream' if is_streamed else 'read'}_{kind}" for kind in sorted(found)]
     names += ["hold_out"] * (needs.holds_out(plan) and not is_streamed)
-    form = "packed" if plan.value("packing") else "padded"
+    form = "packed" if plan.value("packing") == Packing.BLOCKS else "padded"
     rest = [
         "tokenizer_trained" if needs.trains_tokenizer(plan) else "tokenizer_loaded",
         f"samples_stream_{form}" if is_streamed else f"samples_{form}",

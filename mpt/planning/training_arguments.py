@@ -8,7 +8,7 @@ from typing import Any
 
 from mpt.errors import MptError
 from mpt.recipe.schema import Recipe
-from mpt.terms import FP8_MODES, Precision, Task
+from mpt.terms import FP8_MODES, Precision
 
 # Said elsewhere in the plan under mpt's own names, or done by mpt itself (save_total_limit: mpt prunes by step and
 # keeps the best checkpoint; the Trainer goes by modification time).
@@ -32,10 +32,12 @@ def to_training_arguments(
     by_deepspeed: bool = False,
     by_deepspeed_autocast: bool = False,
     compiles: bool = False,
+    has_even_batches: bool = True,
 ) -> dict[str, Any]:
     """Build the keywords, less output_dir and deepspeed, which the worker knows.
 
     `by_deepspeed_autocast`: DeepSpeed's own torch_autocast casts, and accelerate must not turn its bf16 engine on.
+    `has_even_batches`: every batch has the same shape.
     """
     asked = recipe.training_keys
     keywords: dict[str, Any] = {
@@ -57,8 +59,7 @@ def to_training_arguments(
         "use_cpu": on_cpu,
     }
     config = asked.get("accelerator_config") or {}
-    is_padded = not recipe.data.packing or recipe.task is Task.SFT
-    if recipe.data.streaming and is_padded and isinstance(config, dict):
+    if recipe.data.streaming and not has_even_batches and isinstance(config, dict):
         # accelerate would have rank 0 read for all, and join their batches, which padding makes differ in length.
         keywords["accelerator_config"] = {"dispatch_batches": False} | config
     if compiles:

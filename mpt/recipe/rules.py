@@ -203,9 +203,43 @@ def _task_has_its_keys(recipe: Recipe) -> Iterator[Flaw]:
             )
     if recipe.sample is not None and recipe.task not in (Task.CAUSAL_LM, Task.SFT):
         yield Flaw(("sample",), f"a model for {recipe.task} generates no text", "leave it out")
-    packs = "packing" in recipe.data.model_fields_set and recipe.data.packing
-    if packs and recipe.task is Task.SEQUENCE_CLASSIFICATION:
+
+
+def _packing(recipe: Recipe) -> Iterator[Flaw]:
+    """What can be packed how; what a model's attention allows is planning's to say."""
+    packing, is_grouped = recipe.data.packing, groups_by_length(recipe)
+    is_packed = packing in ("blocks", "best_fit", True)
+    if is_packed and recipe.task is Task.SEQUENCE_CLASSIFICATION:
         yield Flaw(("data", "packing"), "joined documents have no label of their own", "leave packing out")
+    elif packing == "blocks" and recipe.task is Task.SFT:
+        yield Flaw(("data", "packing"), "blocks would cut conversations anywhere", "write best_fit or none")
+    elif packing == "best_fit" and recipe.task is Task.MASKED_LM:
+        yield Flaw(("data", "packing"), "best_fit is for causal models", "write blocks or none")
+    if is_packed and is_grouped:
+        yield Flaw(
+            ("training", "train_sampling_strategy"),
+            "group_by_length is for samples of uneven lengths, and packed ones have none",
+            "leave it out, or set data.packing: none",
+        )
+    packs_apart = packing == "best_fit" or (packing in ("auto", True) and recipe.task is Task.SFT)
+    if packs_apart and recipe.training_keys.get("use_cache"):
+        yield Flaw(
+            ("training", "use_cache"),
+            "with a cache transformers looks for no boundaries, and packed documents would see one another",
+            "leave it out, or set data.packing: none",
+        )
+    joins = packing == "blocks" or (recipe.task is Task.CAUSAL_LM and packing in ("auto", True) and not is_grouped)
+    if joins and "pad_to_multiple_of" in recipe.data.model_fields_set:
+        yield Flaw(
+            ("data", "pad_to_multiple_of"),
+            "has no effect: blocks have no padding",
+            "leave it out, or set data.packing to best_fit or none",
+        )
+
+
+def groups_by_length(recipe: Recipe) -> bool:
+    """Whether the Trainer is asked to make batches of samples of similar lengths."""
+    return bool(recipe.training_keys.get("train_sampling_strategy") == "group_by_length")
 
 
 def _trackers(recipe: Recipe) -> Iterator[Flaw]:
@@ -237,4 +271,5 @@ RULES: tuple[Callable[[Recipe], Iterator[Flaw]], ...] = (
     _sources_fit_the_task,
     _task_has_its_keys,
     _trackers,
+    _packing,
 )

@@ -19,9 +19,10 @@ from mpt.errors import UnsupportedError
 from mpt.planning.plan import Plan
 from mpt.running.journal import Journal
 from mpt.running.run_directory import write_atomically
-from mpt.terms import DeviceKind, Method
+from mpt.terms import DeviceKind, Method, Packing
 from mpt.training import findings
 from mpt.training.adapters import count_adapters
+from mpt.training.documents_apart import check_documents_apart
 from mpt.training.precision.apply import planned_float8, planned_islands
 from mpt.training.precision.watching import AttentionWatch, GradientWatch, IslandWatch, MatmulWatch, SumWatch
 from mpt.training.quantization import describe, quantized_modules
@@ -37,6 +38,11 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "flash_attention_2": ("flash_attn_2",),
     "flash_attention_3": ("flash_attn_3",),
     "flash_attention_4": ("flash_attn_4",),
+    "kernels-community/flash-attn2": ("flash_attn_2",),
+    "kernels-community/flash-attn3": ("flash_attn_3",),
+    "kernels-community/vllm-flash-attn3": ("flash_attn_3",),
+    "kernels-community/flash-attn4": ("flash_attn_4",),
+    "kernels-community/aiter-flash-attn": ("flash_attn_2",),
 }
 SCALER_KEYS = ("growth_factor", "backoff_factor", "growth_interval")
 
@@ -94,13 +100,14 @@ class Audit:
             self._deepspeed(engine)
             self._gradients.watch(w for w in trainer.model.parameters() if w.requires_grad)
         self._alignment(trainer)
+        self._documents(trainer)
         self._watch_forward(trainer)
         self._judge()
 
-    def note_batch(self, inputs: Any) -> None:
+    def note_batch(self, samples: int) -> None:
         """Count the samples of a micro batch of the first step."""
         if not self._before_done:
-            self.samples += len(inputs["input_ids"])
+            self.samples += samples
 
     @contextmanager
     def watching_backward(self) -> Iterator[None]:
@@ -285,6 +292,11 @@ class Audit:
             text = f"sizes that are no multiples of {16 if self.plan.value('fp8') else 8} cost speed: {listed}{more}"
             self.journal.append("notice", text=text)
         self.checks.append({"what": "tensor alignment", "planned": None, "found": [name for name, *_ in odd]})
+
+    def _documents(self, trainer: "PlanTrainer") -> None:
+        """Measure that documents which share a row don't see one another. Raises UnsupportedError where they do."""
+        if self.plan.value("packing") == Packing.BEST_FIT or self.plan.value("padding_free"):
+            self.checks.append(check_documents_apart(trainer))
 
     def _watch_forward(self, trainer: "PlanTrainer") -> None:
         """Watch one forward pass: the first one, or where operators are compiled away, an eager one for this alone."""

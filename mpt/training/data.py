@@ -4,6 +4,7 @@ What the reader should hear of (a remainder dropped, documents truncated) comes 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import datasets
@@ -12,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from mpt.errors import MptError
 from mpt.recipe.schema import DataSection
+from mpt.terms import Packing
 from mpt.training.bad_rows import BadRows
 from mpt.training.cache import digest
 from mpt.training.corpus import read_corpus, stream_corpus
 from mpt.training.encoding import Encoder, TokenRows
-from mpt.training.packing import PackedBlocks
+from mpt.training.packing import BestFitBins, PackedBlocks, pack_rows
 from mpt.training.row_files import TEXT
 from mpt.training.shards import prepare_table, row_sizes
 
@@ -81,7 +83,7 @@ def prepare_samples(
     tokenizer: PreTrainedTokenizerBase,
     *,
     sequence_length: int,
-    packing: bool,
+    packing: str,
     source: str,
     marks_text: bool = False,
     workers: int = 1,
@@ -96,14 +98,21 @@ def prepare_samples(
     notices = list(documents.notices)
     if tokenizer.eos_token_id is None and not marks_text:
         notices.append("the tokenizer has no end-of-text token: documents follow one another unmarked")
-    rows = TokenRows(encode, None if packing else sequence_length)
+    rows = TokenRows(encode, sequence_length if packing == Packing.NONE else None)
     prepared = prepare_table(documents.train, rows, workers=workers)
     notices += prepared.notices
     train = prepared.table
     held_out = None
     if documents.held_out is not None:
         held_out = prepare_table(documents.held_out, rows, workers=workers).table
-    if not packing:
+    if packing == Packing.BEST_FIT:
+        packed = pack_apart(Samples(train, held_out, tuple(notices)), sequence_length)
+        if len(packed.train) == 0:
+            raise MptError(
+                f"the data set is empty: no document of {source} has two tokens", remedy="Check data.source."
+            )
+        return packed
+    if packing == Packing.NONE:
         notices += _truncation_notice(train, sequence_length)
         return Samples(
             _not_empty(train, source), held_out if held_out is not None and len(held_out) else None, tuple(notices)
@@ -113,7 +122,7 @@ def prepare_samples(
         raise MptError(
             f"{source} has {blocks.tokens} tokens to train on, less than one block of data.sequence_length "
             f"{sequence_length}",
-            remedy="Set data.sequence_length lower, set data.packing: false, or give more text.",
+            remedy="Set data.sequence_length lower, set data.packing: best_fit or none, or give more text.",
         )
     dropped = blocks.tokens % sequence_length
     if dropped:
@@ -130,6 +139,20 @@ def prepare_samples(
             else f"the held-out text is one block of {eval_blocks.tokens} tokens"
         )
     return Samples(blocks, eval_blocks, tuple(notices))
+
+
+def pack_apart(samples: Samples, length: int) -> Samples:
+    """Let documents share samples of `length` tokens without seeing one another; of a stream, 1,000 at a time."""
+    if not isinstance(samples.train, datasets.Dataset):
+        train, held_out = (
+            stream and stream.map(partial(pack_rows, length=length), batched=True, batch_size=1000)
+            for stream in (samples.train, samples.held_out)
+        )
+        notice = "streaming packs 1,000 documents at a time"
+        return replace(samples, train=train, held_out=held_out, notices=(*samples.notices, notice))
+    bins = BestFitBins(samples.train, length)
+    held_out = None if samples.held_out is None else BestFitBins(samples.held_out, length)
+    return replace(samples, train=bins, held_out=held_out or None, notices=(*samples.notices, *bins.notices))
 
 
 def _cut_tail(train: datasets.Dataset, fraction: float) -> Documents:
@@ -191,7 +214,7 @@ def _streamed(section: DataSection, seed: int) -> Documents:
     return Documents(train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER), held_out)
 
 
-def _stream_samples(documents: Documents, encode_texts: Encoder, sequence_length: int, packing: bool) -> Samples:
+def _stream_samples(documents: Documents, encode_texts: Encoder, sequence_length: int, packing: str) -> Samples:
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         for text in batch[TEXT]:
             if not isinstance(text, str):
@@ -199,9 +222,11 @@ def _stream_samples(documents: Documents, encode_texts: Encoder, sequence_length
                     f"a row of the stream has {type(text).__name__}, not text", remedy="Give every row a text."
                 )
         rows = encode_texts(batch[TEXT])
-        if not packing:
+        if packing == Packing.NONE:
             whole = [row for row in rows if encode_texts.is_enough(row)]
             return {"input_ids": [encode_texts.cut(row, sequence_length) for row in whole]}
+        if packing == Packing.BEST_FIT:
+            return {"input_ids": rows}
         joined = [token for row in rows for token in row]
         end = len(joined) // sequence_length * sequence_length
         return {"input_ids": [joined[start : start + sequence_length] for start in range(0, end, sequence_length)]}
@@ -210,7 +235,11 @@ def _stream_samples(documents: Documents, encode_texts: Encoder, sequence_length
         return None if stream is None else stream.map(encode, batched=True, batch_size=1000, remove_columns=[TEXT])
 
     notices = [*documents.notices]
-    if packing:
+    if packing == Packing.BEST_FIT:
+        return pack_apart(
+            Samples(samples(documents.train), samples(documents.held_out), tuple(notices)), sequence_length
+        )
+    if packing == Packing.BLOCKS:
         notices.append(
             "streaming packs 1,000 documents at a time and leaves out the last tokens of each thousand, fewer than "
             f"{sequence_length}"

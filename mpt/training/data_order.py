@@ -21,6 +21,8 @@ from mpt.planning.data_window import DataWindow, order_without
 
 SAMPLE_IDS = "sample_ids"
 """The key under which a batch carries the numbers of its samples in the data set, until the Trainer takes them out."""
+SAMPLE_TOKENS = "sample_tokens"
+"""The key under which a batch carries how many tokens each of its samples has: what is no padding."""
 
 
 class Place(NamedTuple):
@@ -93,12 +95,17 @@ class PlacedCollator:
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         if not isinstance(samples[0], tuple):
-            return self.collator(samples)
+            return {**self.collator(samples), **count_tokens(samples)}
         places, plain = zip(*samples, strict=True)
         key = (self.seed, places[0].epoch, places[0].position)
         with keyed_randomness(*key) if self._draws else nullcontext():
             batch = self.collator(plain)
-        return {**batch, SAMPLE_IDS: torch.tensor([place.sample for place in places])}
+        return {**batch, SAMPLE_IDS: torch.tensor([place.sample for place in places]), **count_tokens(plain)}
+
+
+def count_tokens(samples: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Count the tokens of each sample, under their key."""
+    return {SAMPLE_TOKENS: torch.tensor([len(sample["input_ids"]) for sample in samples])}
 
 
 def keep_order(loader: DataLoader[Any], seed: int, windows: Sequence[DataWindow]) -> DataOrder | None:

@@ -22,7 +22,7 @@ from mpt.recipe.sources import expand
 from mpt.training.corpus import load_hub
 from mpt.training.data import Documents, Samples
 from mpt.training.encoding import identify
-from mpt.training.packing import PackedBlocks
+from mpt.training.packing import BestFitBins, PackedBlocks
 
 PIECE = 1 << 18  # bytes; a file of at most three pieces is read whole
 ROWS = 100  # of a streamed hub data set
@@ -94,6 +94,11 @@ def _chunks(samples: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the tokens of a table stretch by stretch, with the lengths of the samples where they differ."""
     if isinstance(samples, PackedBlocks):
         yield from ((chunk, np.empty(0, np.int64)) for chunk in samples.chunks)
+        return
+    if isinstance(samples, BestFitBins):
+        for column in samples.columns.values():
+            yield from ((chunk, np.empty(0, np.int64)) for chunk in column.chunks)
+        yield np.empty(0, np.int32), np.concatenate([samples.starts, samples.sizes, samples.ends]).astype(np.int64)
         return
     for chunk in samples.data.column("input_ids").chunks:
         lengths = pc.list_value_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64)

@@ -22,8 +22,15 @@ class MaskedCollator:
     Of each sample at least one token is masked, as in BERT's own data: a batch without any has no loss.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float) -> None:
-        self._pad = PaddedCollator(tokenizer.pad_token_id)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        probability: float,
+        *,
+        multiple: int = 1,
+        limit: int | None = None,
+    ) -> None:
+        self._pad = PaddedCollator(tokenizer.pad_token_id, multiple=multiple, limit=limit)
         self._mask_token_id = tokenizer.mask_token_id
         self._special = torch.tensor(sorted(tokenizer.all_special_ids))
         self._masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=probability)
@@ -61,4 +68,5 @@ def mask_one(sample: Mapping[str, Any], index: int, collator: MaskedCollator, se
     """Mask the sample of this number as it is masked every time."""
     with keyed_randomness(seed, index):
         batch = collator([{"input_ids": sample["input_ids"]}])
-    return {"input_ids": batch["input_ids"][0], "labels": batch["labels"][0]}
+    length = len(sample["input_ids"])
+    return {"input_ids": batch["input_ids"][0, :length], "labels": batch["labels"][0, :length]}

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
@@ -20,20 +21,23 @@ from transformers.utils.import_utils import enable_tf32
 
 from mpt.errors import MptError
 from mpt.planning.number_formats import TORCH_ADAMW
+from mpt.planning.padding import describe, padding_shares
 from mpt.planning.plan import Plan
+from mpt.recipe.rules import groups_by_length
 from mpt.running.data_record import record
 from mpt.running.heartbeat import Heartbeat
 from mpt.running.journal import Journal
 from mpt.running.measured import asked_measure
 from mpt.running.metrics import read_rows
 from mpt.running.run_directory import AttemptDirectory, RunDirectory
-from mpt.terms import LANGUAGE_TASKS, DeviceKind, Feature
+from mpt.terms import LANGUAGE_TASKS, DeviceKind, Feature, Task
 from mpt.training.adapters import add_adapters
 from mpt.training.audit import Audit
 from mpt.training.data import Samples
 from mpt.training.fingerprint import fingerprint
 from mpt.training.health import HealthMonitor, Thresholds
 from mpt.training.outcome import StopRequest
+from mpt.training.packing import lengths_of
 from mpt.training.precision.apply import DTYPES, apply_precision
 from mpt.training.precision.pure_bf16 import PureBf16AdamW
 from mpt.training.progress import heard_by
@@ -173,7 +177,26 @@ def _prepare(
         record(run, journal, fingerprint(plan.recipe.data, documents, samples, tokenizer))
         for notice in (*told, *samples.notices):
             journal.append("notice", text=notice)
+        tell_padding(plan, samples.train, journal)
     return tokenizer, samples
+
+
+def tell_padding(plan: Plan, samples: Any, journal: Journal) -> None:
+    """Say how much of the batches is padding, by the real lengths, and what other ways to make them would leave."""
+    lengths = lengths_of(samples)
+    if lengths is None or not len(lengths):
+        return
+    shares = padding_shares(
+        dict(zip(*(found.tolist() for found in np.unique(lengths, return_counts=True)), strict=True)),
+        sequence_length=plan.value("sequence_length"),
+        micro_batch_size=plan.value("micro_batch_size"),
+        multiple=plan.value("pad_to_multiple_of"),
+    )
+    is_grouped, padding_free = groups_by_length(plan.recipe), plan.value("padding_free")
+    can_pack = plan.value("task") in (Task.CAUSAL_LM, Task.SFT)
+    told = describe(shares, plan.value("packing"), is_grouped=is_grouped, padding_free=padding_free, can_pack=can_pack)
+    journal.append("padding", packing=plan.value("packing"), padding_free=padding_free, shares=shares.to_json())
+    journal.append("notice", text=told)
 
 
 @contextmanager

@@ -88,10 +88,10 @@ class StepWatch:
         self._number, self._learning_rate = number, learning_rate
         self._began, self._cpu_began = time.perf_counter(), time.process_time()
 
-    def add_batch(self, inputs: dict[str, Any]) -> None:
-        """Count a micro batch's tokens, padding excluded."""
+    def add_batch(self, inputs: dict[str, Any], sample_tokens: torch.Tensor | None = None) -> None:
+        """Count a micro batch's tokens, padding excluded: those of its samples, or by its mask."""
         self.heartbeat.beat()
-        mask = inputs.get("attention_mask")
+        mask = inputs.get("attention_mask") if sample_tokens is None else sample_tokens
         self._tokens.append(mask.sum() if mask is not None else inputs["input_ids"].numel())
 
     def add_loss(self, loss: torch.Tensor) -> None:

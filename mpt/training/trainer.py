@@ -14,6 +14,7 @@ from accelerate.utils import DummyOptim
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
 from mpt.errors import UnsupportedError
@@ -25,12 +26,13 @@ from mpt.terms import Task
 from mpt.training.audit import Audit
 from mpt.training.background import trained_state
 from mpt.training.checkpointing import Saver
-from mpt.training.data_order import SAMPLE_IDS, DataOrder, Placed, PlacedCollator, keep_order
+from mpt.training.data_order import SAMPLE_IDS, SAMPLE_TOKENS, DataOrder, Placed, PlacedCollator, keep_order
 from mpt.training.finite import bad_gradients, bad_weights
 from mpt.training.gradient_capture import Measurement
 from mpt.training.health import Action, Code, Verdict
 from mpt.training.incidents import Evidence, hold_inquest
 from mpt.training.outcome import Diverged, Stopped
+from mpt.training.packing import LENGTHS, lengths_of
 from mpt.training.precision.apply import DTYPES, fp8_context, fp8_recomputes, fp32_buffers, restore_buffers
 from mpt.training.precision.loss_scaling import build_scaler, hold_deepspeed_knobs, scale_at_floor
 from mpt.training.precision.reduction import ReduceIn, reduce_in
@@ -163,7 +165,19 @@ class PlanTrainer(Trainer):
         return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return super()._get_train_sampler(train_dataset.samples if isinstance(train_dataset, Placed) else train_dataset)
+        samples = train_dataset.samples if isinstance(train_dataset, Placed) else train_dataset
+        lengths = lengths_of(samples)
+        if self.args.train_sampling_strategy == "group_by_length" and lengths is not None:
+            # The Trainer's own way to the lengths is to read every sample, one by one.
+            size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            return LengthGroupedSampler(size, lengths=lengths.tolist())
+        return super()._get_train_sampler(samples)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep what tells a collator where documents end; the Trainer drops what `forward` does not name."""
+        super()._set_signature_columns_if_needed()
+        if LENGTHS not in self._signature_columns:
+            self._signature_columns.append(LENGTHS)
 
     # --- the step
 
@@ -211,9 +225,10 @@ class PlanTrainer(Trainer):
         return batches, items
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        self.watch.add_batch(inputs)
-        if self.replay is None:
-            self.audit.note_batch(inputs)
+        sample_tokens = inputs.pop(SAMPLE_TOKENS, None)
+        self.watch.add_batch(inputs, sample_tokens)
+        if self.replay is None and sample_tokens is not None:
+            self.audit.note_batch(len(sample_tokens))
         self.evidence.add_batch(inputs, num_items_in_batch)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.is_deepspeed_enabled:  # there the engine has noted it before its own step
@@ -257,6 +272,10 @@ class PlanTrainer(Trainer):
             torch._foreach_mul_([w.grad for w in self.model.parameters() if w.grad is not None], factor)
 
     # --- evaluation
+
+    def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
+        inputs.pop(SAMPLE_TOKENS, None)
+        return super().prediction_step(model, inputs, *arguments, **keywords)
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         self._phase("evaluating")

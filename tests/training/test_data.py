@@ -190,7 +190,7 @@ def test_packing_joins_documents_with_the_end_of_text_and_drops_the_last_remaind
     stream = [token for text in TEXTS for token in [*tokenizer(text)["input_ids"], end]]
     source = write_texts(tmp_path, ".jsonl")
     documents = read_documents(DataSection(source=source, eval_fraction=0), seed=1)
-    samples = prepare_samples(documents, tokenizer, sequence_length=9, packing=True, source="rows")
+    samples = prepare_samples(documents, tokenizer, sequence_length=9, packing="blocks", source="rows")
     assert len(samples.train) == len(stream) // 9
     joined = [token for index in range(len(samples.train)) for token in samples.train[index]["input_ids"].tolist()]
     assert joined == stream[: len(joined)]
@@ -213,7 +213,7 @@ def test_blocks_are_cut_across_the_chunks_of_a_table() -> None:
 
 def test_without_packing_a_document_is_a_sample_padded_and_masked(tokenizer: Any, tmp_path: Path) -> None:
     documents = read_documents(DataSection(source=write_texts(tmp_path, ".csv"), eval_fraction=0), seed=1)
-    samples = prepare_samples(documents, tokenizer, sequence_length=12, packing=False, source="rows")
+    samples = prepare_samples(documents, tokenizer, sequence_length=12, packing="none", source="rows")
     assert len(samples.train) == 3
     lengths = [len(tokenizer(text)["input_ids"]) + 1 for text in TEXTS]
     over = sum(length > 12 for length in lengths)
@@ -229,8 +229,8 @@ def test_without_packing_a_document_is_a_sample_padded_and_masked(tokenizer: Any
 def test_text_shorter_than_a_block_is_refused_and_says_what_to_do(tokenizer: Any, tmp_path: Path) -> None:
     documents = read_documents(DataSection(source=write(tmp_path, "a.txt", "short"), eval_fraction=0), seed=1)
     with pytest.raises(MptError, match="less than one block") as caught:
-        prepare_samples(documents, tokenizer, sequence_length=64, packing=True, source="a.txt")
-    assert "packing: false" in caught.value.remedy
+        prepare_samples(documents, tokenizer, sequence_length=64, packing="blocks", source="a.txt")
+    assert "packing: best_fit" in caught.value.remedy
 
 
 def test_a_stream_that_is_too_short_to_hold_anything_out_is_refused(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_streamed_text_gives_the_same_blocks_each_time(tokenizer: Any, tmp_path:
 
     def blocks() -> tuple[list[Any], list[Any]]:
         documents = read_documents(section, seed=3)
-        samples = prepare_samples(documents, tokenizer, sequence_length=16, packing=True, source="rows")
+        samples = prepare_samples(documents, tokenizer, sequence_length=16, packing="blocks", source="rows")
         return [row["input_ids"] for row in samples.train], [row["input_ids"] for row in samples.held_out]
 
     train, held_out = blocks()
@@ -264,7 +264,7 @@ def test_a_stream_that_ends_begins_again_in_another_order(loaders: int, tokenize
     # One file, so that the second loader process has no part of the stream.
     section = DataSection(source=write(tmp_path, "rows.jsonl", lines), streaming=True, eval_fraction=0)
     documents = read_documents(section, seed=3)
-    once = prepare_samples(documents, tokenizer, sequence_length=16, packing=False, source="rows").train
+    once = prepare_samples(documents, tokenizer, sequence_length=16, packing="none", source="rows").train
 
     def load(stream: Any) -> list[tuple[int, ...]]:
         rows = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=loaders)

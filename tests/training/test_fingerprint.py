@@ -16,7 +16,12 @@ from mpt.training.packing import PackedBlocks
 from mpt.training.tokenizer import train_tokenizer
 
 TEXTS = [f"Document {number}, the only one of its kind.\nIt has a second line." for number in range(12)]
-FORMS: dict[str, dict[str, Any]] = {"packed": {}, "padded": {"packing": False}, "streamed": {"streaming": True}}
+FORMS: dict[str, dict[str, Any]] = {
+    "packed": {},
+    "in bins": {"packing": "best_fit"},
+    "padded": {"packing": "none"},
+    "streamed": {"streaming": True},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +40,7 @@ def write(folder: Path, texts: list[str], name: str = "a.jsonl") -> str:
     return str(folder / name)
 
 
-def found(source: str | list[str], tokenizer: Any, *, packing: bool = True, **keys: Any) -> dict[str, Any]:
+def found(source: str | list[str], tokenizer: Any, *, packing: str = "blocks", **keys: Any) -> dict[str, Any]:
     keys = keys if "eval_source" in keys else {"eval_fraction": 0} | keys
     section = DataSection(source=source, sequence_length=16, **keys)
     documents = read_documents(section, seed=1)

@@ -218,7 +218,7 @@ def test_islands_and_loss_scaling_are_the_candidates_alone() -> None:
 
 
 def test_an_attention_that_only_computes_in_16_bits_is_replaced_and_told() -> None:
-    plan, reference = pair_of("H100", frozenset({"flash_attn"}), attention="flash_attention_2", precision="bf16")
+    plan, reference = pair_of("H100", frozenset({"flash-attn"}), attention="flash_attention_2", precision="bf16")
     assert reference.value("attention") != "flash_attention_2"
     assert differing(plan, reference)["attention"] == ("flash_attention_2", reference.value("attention"))
 

@@ -18,6 +18,7 @@ from mpt.planning.script_parts.needs import (
     trains_tokenizer,
     wide_islands,
 )
+from mpt.terms import Packing
 
 KEPT_CHECKPOINTS = 2  # as many as mpt keeps where the recipe does not say
 TORCH_DTYPES = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16", "fp64": "torch.float64"}
@@ -67,6 +68,8 @@ def _data(plan: Plan) -> list[str]:
     if data.streaming:
         values["SHUFFLE_BUFFER"] = 10_000
     values["SEQUENCE_LENGTH"] = plan.value("sequence_length")
+    if plan.value("packing") == Packing.NONE:
+        values["PAD_TO_MULTIPLE_OF"] = plan.value("pad_to_multiple_of")
     return [_constant(name, value) for name, value in values.items()]
 
 

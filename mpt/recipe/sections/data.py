@@ -92,9 +92,14 @@ class DataSection(Section):
     none."""
     sequence_length: Annotated[Integer, Field(ge=2)] = 1024
     """Tokens a sample."""
-    packing: Flag = True
-    """Join documents, end-of-text between them, and cut blocks of `sequence_length`: no padding. False: one document a
-    sample, truncated at `sequence_length`; how many were is reported."""
+    packing: Literal["auto", "blocks", "best_fit", "none"] | Flag = "auto"
+    """How documents become samples of `sequence_length` tokens. `blocks`: joined, end-of-text between them, and cut.
+    `best_fit`: whole documents (longer ones in pieces) share a sample and don't see one another. `none`: a document a
+    sample, truncated; how many were is reported. auto: `blocks` for causal_lm, `best_fit` for sft where the model keeps
+    documents apart, else `none`. True: `blocks` for causal_lm, `best_fit` for sft; false: `none`."""
+    pad_to_multiple_of: Literal["auto"] | PositiveInt = "auto"
+    """Pad batches to a multiple of so many tokens, for the matrix units. auto: on a GPU 16 in fp8 and 8 in the 16-bit
+    modes; elsewhere 1."""
     streaming: Flag = False
     """Read and tokenise while training, for data larger than the disk cache. Needs `training.max_steps`."""
     workers: Literal["auto"] | PositiveInt = "auto"

@@ -6,8 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpt.planning.plan import Plan
-from mpt.training import data
-from mpt.training.collation import PackedCollator, PaddedCollator
+from mpt.training import collation, data
 from mpt.training.data import Documents, Samples, prepare_samples
 from mpt.training.mixture import read_parts
 from mpt.training.model import build_causal_lm
@@ -46,7 +45,4 @@ def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenize
 
 def build_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], dict[str, Any]]:
     """Build what turns samples into a batch."""
-    if plan.value("packing"):
-        return PackedCollator()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return PaddedCollator(pad or 0)  # a masked position: any token will do
+    return collation.build_collator(plan, tokenizer)

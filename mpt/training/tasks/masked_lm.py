@@ -66,4 +66,9 @@ def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenize
 
 def build_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> MaskedCollator:
     """Build what turns samples into a batch, masked."""
-    return MaskedCollator(tokenizer, plan.recipe.data.mask_probability)
+    return MaskedCollator(
+        tokenizer,
+        plan.recipe.data.mask_probability,
+        multiple=plan.value("pad_to_multiple_of"),
+        limit=plan.value("sequence_length"),
+    )

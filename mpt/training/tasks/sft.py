@@ -11,12 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mpt.planning.plan import Plan
 from mpt.recipe.chat_template import BUILT_IN, control_tokens, read_template
-from mpt.terms import Method
-from mpt.training import chat_format
-from mpt.training.collation import PaddedCollator
+from mpt.terms import Method, Packing
+from mpt.training import chat_format, collation
 from mpt.training.conversation_rows import CONVERSATION, read_conversations
 from mpt.training.conversation_samples import prepare_conversations
-from mpt.training.data import Documents, Samples
+from mpt.training.data import Documents, Samples, pack_apart
 from mpt.training.mixture import read_parts
 from mpt.training.model import build_causal_lm
 
@@ -59,7 +58,7 @@ def ready_tokenizer(plan: Plan, documents: Documents | None, tokenizer: PreTrain
 
 def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Samples:
     """Tokenise the conversations, with labels for what is learnt."""
-    return prepare_conversations(
+    samples = prepare_conversations(
         documents,
         tokenizer,
         sequence_length=plan.value("sequence_length"),
@@ -67,12 +66,12 @@ def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenize
         source=", ".join(plan.recipe.data.source_names),
         workers=plan.value("data_workers"),
     )
+    return pack_apart(samples, plan.value("sequence_length")) if plan.value("packing") == Packing.BEST_FIT else samples
 
 
 def build_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], dict[str, Any]]:
     """Build what turns samples into a batch."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return PaddedCollator(pad or 0)  # a masked position: any token will do
+    return collation.build_collator(plan, tokenizer)
 
 
 def _has_messages(documents: Documents) -> bool:

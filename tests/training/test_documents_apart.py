@@ -1,0 +1,262 @@
+"""Documents that share a row don't see one another: a model says the same of each as of that document alone."""
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+import torch
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+
+from mpt.planning.attention_support import has_attention, keeps_documents_apart
+from mpt.planning.plan import Plan
+from mpt.training.collation import BinCollator, FlattenedCollator, PaddedCollator
+from mpt.training.packing import LENGTHS
+from mpt.training.tasks import causal_lm
+from mpt.training.tokenizer import read_tokenizer
+from tests.training.tiny_runs import Run, continue_from
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 128,
+    "sliding_window": 8,  # shorter than the documents
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "ffn_dim": 96,
+    "word_embed_proj_dim": 64,
+    "pad_token_id": 0,
+}
+DOCUMENTS = [
+    torch.arange(3 + 7 * number, 3 + 7 * number + length) % 125 for number, length in enumerate((14, 18, 2, 9))
+]
+
+
+def written_out(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **keywords: Any,
+) -> tuple[torch.Tensor, None]:
+    """What Flash Attention computes for documents of varying lengths: by their ends alone, without a mask."""
+    assert cu_seq_lens_q is not None and attention_mask is None
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+    ends, parts = cu_seq_lens_q.tolist(), []
+    for start, end in pairwise(ends):
+        one, others, values = (part[:, :, start:end] for part in (query, key, value))
+        scores = one @ others.transpose(-1, -2) * (one.shape[-1] ** -0.5 if scaling is None else scaling)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        behind = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        seen = (behind >= 0) & (behind < (sliding_window or end))
+        scores = scores.masked_fill(~seen, -torch.inf)
+        if s_aux is not None:
+            scores = torch.cat([scores, s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+        parts.append(scores.softmax(-1)[..., : end - start] @ values)
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _varlen() -> None:
+    AttentionInterface.register("varlen_written_out", written_out)
+    AttentionMaskInterface.register("varlen_written_out", flash_attention_mask)
+
+
+def tiny(model_type: str, attention: str) -> Any:
+    """A model whose weights are large enough for each token to tell of those before it."""
+    known = AutoConfig.for_model(model_type)
+    names = {*known.to_dict(), *known.attribute_map}
+    config = AutoConfig.for_model(model_type, **{key: value for key, value in SIZES.items() if key in names})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.15)
+    return model
+
+
+def packed(attention: str) -> dict[str, Any]:
+    sample = {"input_ids": torch.cat(DOCUMENTS), LENGTHS: [len(document) for document in DOCUMENTS]}
+    return (FlattenedCollator(0) if "varlen" in attention else BinCollator(0, multiple=8, limit=64))([sample])
+
+
+def difference(model_type: str, attention: str) -> float:
+    """The largest difference that sharing a row makes to a logit, over the largest logit."""
+    model = tiny(model_type, attention)
+    with torch.no_grad():
+        together = model(**packed(attention), use_cache=False).logits[0]
+        start, found = 0, []
+        for document in DOCUMENTS:
+            batch = (
+                FlattenedCollator(0)([{"input_ids": document}])
+                if "varlen" in attention
+                else {"input_ids": document[None]}
+            )
+            alone = model(**batch, use_cache=False).logits[0]
+            found.append((together[start : start + len(document)] - alone).abs().max() / alone.abs().max())
+            start += len(document)
+    return float(max(found))
+
+
+APART = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gpt2",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+    "gpt_neox",
+    "mixtral",
+]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen_written_out"])
+@pytest.mark.parametrize("model_type", APART)
+def test_the_logits_of_documents_in_one_row_are_those_of_each_alone(model_type: str, attention: str) -> None:
+    if not has_attention(model_type, attention):
+        pytest.skip(f"{model_type} has no {attention}")
+    assert keeps_documents_apart(model_type, "flash_attention_2" if "varlen" in attention else attention)
+    assert difference(model_type, attention) < 1e-5  # sums of other lengths, in fp32: 1e-6 was measured
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attention"),
+    [("bloom", "eager"), ("opt", "sdpa"), ("falcon", "sdpa"), ("gpt_oss", "eager"), ("mamba", "eager")],
+)
+def test_types_that_let_documents_see_one_another_stand_in_no_list(model_type: str, attention: str) -> None:
+    assert not keeps_documents_apart(model_type, attention)
+    assert difference(model_type, attention) > 0.1
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("attention", ["eager", "varlen_written_out"])
+def test_a_packed_batch_has_the_loss_and_gradients_of_the_padded_one(model_type: str, attention: str) -> None:
+    model = tiny(model_type, "eager").train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    padded = PaddedCollator(0)([{"input_ids": document} for document in DOCUMENTS])
+    expected = model(**padded).loss
+    expected.backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    model.set_attn_implementation(attention)
+    loss = model(**packed(attention), use_cache=False).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, gradients[name], rtol=1e-3, atol=1e-5)
+
+
+# --- runs
+
+
+EVALUATED = {"max_steps": 6, "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+
+
+@pytest.fixture(scope="module")
+def paragraphs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Short documents: paragraphs of the language reference."""
+    path = tmp_path_factory.mktemp("text") / "paragraphs.jsonl"
+    texts = [part for name in sorted(topics) for part in topics[name].split("\n\n") if part.strip()]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:900]))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def packed_run(new_run: Callable[..., Run], paragraphs: str) -> Run:
+    data = {"source": paragraphs, "packing": "best_fit", "pad_to_multiple_of": 8}
+    run = new_run(data=data, training=EVALUATED, micro_batch_size=4, global_batch_size=8)
+    assert run.train() == 0, run.log()
+    return run
+
+
+def test_a_packed_run_learns_is_audited_and_tells_its_padding(packed_run: Run) -> None:
+    run = packed_run
+    losses = [row["loss"] for row in run.steps.values()]
+    assert losses[-1] < losses[0] - 0.1
+    assert run.audit()["documents apart"] < 1e-5
+    assert run.audit()["global_batch_size"] == 8
+    assert all(0.9 * 8 * 64 < row["tokens"] <= 8 * 64 for row in run.steps.values())
+    assert len({row["tokens"] for row in run.steps.values()}) > 1  # of bins, which are not all full
+    told = next(event for event in run.events if event["kind"] == "padding")
+    assert told["shares"]["best_fit"] < 0.05 < told["shares"]["none"]
+    notices = run.texts("notice", "text")
+    assert any("a document a row would have" in text for text in notices)
+    assert any("documents packed into" in text for text in notices)
+
+
+def test_a_packed_run_is_resumed_bit_for_bit(packed_run: Run, new_run: Callable[..., Run]) -> None:
+    resumed = continue_from(packed_run, "checkpoint-3", new_run)
+    assert {step: row for step, row in packed_run.trajectory.items() if step > 3} == {
+        step: row for step, row in resumed.trajectory.items() if step > 3
+    }
+
+
+def test_held_out_documents_are_evaluated_apart_too(packed_run: Run, new_run: Callable[..., Run]) -> None:
+    """The loss of the final weights on the held-out text, document by document, is what the run came to."""
+    plan = Plan.from_json(json.loads(packed_run.directory.attempt(1).plan.read_text()))
+    tokenizer = read_tokenizer(packed_run.directory.tokenizer)
+    samples = causal_lm.prepare_data(plan, causal_lm.read_documents(plan, seed=42), tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(packed_run.directory.final)
+    batches = [
+        [samples.held_out[index] for index in range(at, min(at + 4, len(samples.held_out)))]
+        for at in range(0, len(samples.held_out), 4)
+    ]
+    losses = []
+    for batch in batches:
+        apart = [{"input_ids": part} for sample in batch for part in sample["input_ids"].split(sample[LENGTHS])]
+        with torch.no_grad():
+            losses += [float(model(**PaddedCollator(0)(apart)).loss)] * len(batch)
+    expected = sum(losses) / len(losses)
+    assert packed_run.texts("evaluated", "eval_loss")[-1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_model_that_leaks_is_stopped_by_the_measurement(new_run: Callable[..., Run]) -> None:
+    """A plan that no mpt makes: BLOOM's attention, which does not mind where documents begin, and packed documents."""
+    bloom = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4}
+    run = new_run(model={"config": bloom}, data={"packing": "none"}, training={"max_steps": 2, "save_steps": 2})
+    run.prepare()
+    plan = json.loads(run.directory.attempt(1).plan.read_text())
+    plan["values"]["packing"]["value"] = "best_fit"
+    run.directory.attempt(1).plan.write_text(json.dumps(plan))
+    assert run.start().wait(timeout=400) == 3, run.log()
+    word = run.last_word()
+    assert "see one another" in word["problem"] and "packing: none" in word["remedy"]
+    assert "bloom" in word["problem"] and not run.directory.metrics.read_text()
+
+
+def test_grouping_by_length_pads_less_than_the_random_order(new_run: Callable[..., Run], paragraphs: str) -> None:
+    shares, rows = {}, {}
+    for strategy in ("random", "group_by_length"):
+        run = new_run(
+            data={"source": paragraphs, "packing": "none"},
+            training={"max_steps": 4, "save_steps": 4, "train_sampling_strategy": strategy},
+        )
+        assert run.train() == 0, run.log()
+        rows[strategy] = [row["tokens"] for row in run.steps.values()]
+        shares = next(event["shares"] for event in run.events if event["kind"] == "padding")
+        notice = next(text for text in run.texts("notice", "text") if text.startswith("padding is"))
+        assert f"{shares['grouped' if strategy == 'group_by_length' else 'none']:.0%}".replace("%", " %") in notice
+    assert shares["grouped"] < shares["none"]
+    assert rows["random"] != rows["group_by_length"]
