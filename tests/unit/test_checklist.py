@@ -189,7 +189,7 @@ def test_eight_bit_states_are_advised_where_they_buy_something_and_say_what() ->
 def test_the_newest_kernel_is_advised_with_its_install_line_where_it_is_known_to_be_missing() -> None:
     found = point("attention", "8xH100", EIGHT_B_ON_TWO_NODES, frozenset({"torch"}))
     assert "hopper" in found.gain
-    having = point("attention", "8xH100", EIGHT_B_ON_TWO_NODES, frozenset({"flash_attn_interface"}))
+    having = point("attention", "8xH100", EIGHT_B_ON_TWO_NODES, frozenset({"flash-attn-3"}))
     assert having.status is TICKED
 
 
