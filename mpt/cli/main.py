@@ -41,8 +41,10 @@ def _options(
 
 def _register() -> None:
     from mpt.cli import checkpoints, recipes
+    from mpt.cli.chat import chat
     from mpt.cli.detect_precision import detect_precision
     from mpt.cli.doctor import doctor
+    from mpt.cli.eval import evaluate
     from mpt.cli.formats import formats
     from mpt.cli.generate_ds_config import generate_ds_config
     from mpt.cli.plan import plan
@@ -58,6 +60,8 @@ def _register() -> None:
     app.command("validate")(validate)
     app.add_typer(recipes.app, name="recipes")
     app.add_typer(checkpoints.app, name="checkpoints")
+    app.command("eval")(evaluate)
+    app.command("chat")(chat)
     app.command("doctor")(doctor)
     app.command("report")(report)
     app.command("replay")(replay)

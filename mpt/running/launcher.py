@@ -56,11 +56,12 @@ def build_command(
         place = ("--max-restarts", "0", "--local-addr", "127.0.0.1", "--no-python")
         argv = (*torchrun, *meeting, *place, *argv)
     without = tuple(key for key in environment if key in FOREIGN or key.startswith(FOREIGN_PREFIXES))
-    added = _environment(plan, processes, environment)
+    added = worker_environment(plan, processes, environment)
     return Command(argv, added | tracker_environment(plan.value("trackers"), run, environment), without)
 
 
-def _environment(plan: Plan, processes: int, environment: Mapping[str, str]) -> dict[str, str]:
+def worker_environment(plan: Plan, processes: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """Give what a process of the training zone has in its environment beyond its parent's."""
     cores = plan.machine.cpu_cores or len(os.sched_getaffinity(0))
     added = {
         # CUDA's own order is fastest first; the plan counts devices as the driver does.

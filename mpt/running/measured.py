@@ -15,16 +15,24 @@ class Measure:
     """`steps` optimizer steps are made, or fewer where the run has fewer; `keeps_gradients` of the first one.
 
     `incident` is the folder of an incident whose step is made again, in the place of the run's own data and weights.
+    `evaluates`: no step is made; the model is evaluated as it was loaded, with the adapters of the folder `adapter`.
     """
 
     steps: int
     keeps_gradients: bool = False
     incident: str | None = None
+    evaluates: bool = False
+    adapter: str | None = None
 
 
 def gradients_file(attempt: AttemptDirectory) -> Path:
     """Name the file that holds the first step's gradients: fp32, unscaled, before clipping, by parameter."""
     return attempt.path / "gradients.safetensors"
+
+
+def evaluation_file(attempt: AttemptDirectory) -> Path:
+    """Name the file that says what an evaluation came to."""
+    return attempt.path / "evaluation.json"
 
 
 def ask_to_measure(attempt: AttemptDirectory, measure: Measure) -> None:

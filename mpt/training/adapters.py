@@ -37,6 +37,24 @@ def add_adapters(model: Any, plan: Plan) -> Any:
         ) from error
 
 
+def load_adapters(model: Any, folder: str | None) -> Any:
+    """Put trained adapters on the base that they were made for; None: give the model back unchanged.
+
+    Raises MptError for adapters of another base.
+    """
+    if folder is None:
+        return model
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=True)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise MptError(
+            f"the adapters in {folder} don't go on this base model: {' '.join(str(error).split())[:300]}",
+            remedy="Name the base that they were trained on (base_model_name_or_path of their adapter_config.json).",
+        ) from error
+
+
 def count_adapters(model: nn.Module) -> int:
     """Count the layers that have an adapter."""
     return sum(isinstance(getattr(module, "lora_A", None), nn.ModuleDict) for module in model.modules())

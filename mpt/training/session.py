@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
 from transformers.utils.import_utils import enable_tf32
 
 from mpt.errors import MptError
@@ -26,12 +27,12 @@ from mpt.planning.plan import Plan
 from mpt.recipe.rules import groups_by_length
 from mpt.running.data_record import record
 from mpt.running.heartbeat import Heartbeat
-from mpt.running.journal import Journal
-from mpt.running.measured import asked_measure
+from mpt.running.journal import Journal, spell_non_finite
+from mpt.running.measured import asked_measure, evaluation_file
 from mpt.running.metrics import read_rows
-from mpt.running.run_directory import AttemptDirectory, RunDirectory
+from mpt.running.run_directory import AttemptDirectory, RunDirectory, write_json
 from mpt.terms import LANGUAGE_TASKS, DeviceKind, Feature, Task
-from mpt.training.adapters import add_adapters
+from mpt.training.adapters import add_adapters, load_adapters
 from mpt.training.audit import Audit
 from mpt.training.data import Samples
 from mpt.training.fingerprint import fingerprint
@@ -99,7 +100,8 @@ def train(
     phase("model")
     model = task.build_model(plan, tokenizer, seed=arguments.seed)
     apply_precision(model, plan)
-    model = add_adapters(model, plan)
+    evaluates = asked is not None and asked.evaluates
+    model = load_adapters(model, asked.adapter) if asked is not None and evaluates else add_adapters(model, plan)
 
     phase("setup")
     watch = StepWatch(
@@ -129,6 +131,8 @@ def train(
             optimizer_cls_and_kwargs=pure_bf16_optimizer(plan, arguments),
             **evaluation_of(task, plan),
         )
+    if evaluates:
+        return _evaluate(trainer, attempt)
     resume_from = None if plan.resume_from is None else str(run.checkpoints / plan.resume_from)
     trackers = Trackers(trainer, journal)
     try:
@@ -136,6 +140,24 @@ def train(
         return _finish(plan, run, trainer, tokenizer, phase, barrier, is_chat=samples.is_chat)
     finally:
         trackers.close()
+
+
+def _evaluate(trainer: PlanTrainer, attempt: AttemptDirectory) -> Finished:
+    """Evaluate the weights as they were loaded, and write down what came of it."""
+    samples = trainer.eval_dataset
+    if samples is None:
+        raise MptError(
+            "the evaluation data hold no sample: their text is too short",
+            remedy="Give more text, or set data.sequence_length lower behind the recipe.",
+        )
+    found = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
+    seconds = found.pop("runtime", 0.0)
+    loss = found.pop("loss", None)
+    own = {key: value for key, value in found.items() if not key.endswith(("_per_second", "_time")) and key != "epoch"}
+    if trainer.watch.is_writer:
+        came = {"loss": loss, "metrics": own, "samples": len(samples) if has_length(samples) else None}
+        write_json(evaluation_file(attempt), spell_non_finite(came | {"seconds": seconds}))
+    return Finished(0, None, loss)
 
 
 def _prepare(
