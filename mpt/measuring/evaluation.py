@@ -108,7 +108,8 @@ def _evaluated(plan: Plan, trained: Trained, found: Mapping[str, Any]) -> Evalua
 def _spell_data(recipe: Recipe) -> str:
     section = recipe.data
     source = section.eval_source or section.source
-    named = source if isinstance(source, str) else ", ".join(source)
+    entries = [source] if isinstance(source, str) else source
+    named = ", ".join(entry if isinstance(entry, str) else entry.source for entry in entries)
     if section.eval_source is not None:
         return named
     if section.eval_split is not None:

@@ -67,8 +67,8 @@ def with_weights(
     _divide(values, of_run)
     _place(values, trained)
     if data is not None:
-        keep = ("eval_source", "eval_split", "eval_fraction", "config", "revision", "split")
-        left = {key: value for key, value in values["data"].items() if key not in keep}
+        gone = ("eval_source", "eval_split", "eval_fraction", "config", "revision", "split", "mixing")
+        left = {key: value for key, value in values["data"].items() if key not in gone}
         values["data"] = left | {"source": data, "eval_source": data}
     problems = apply_overrides(values, overrides)[1]
     if problems:
