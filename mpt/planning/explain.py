@@ -2,6 +2,7 @@
 
 from mpt.planning.layers import count_layers
 from mpt.planning.plan import Plan
+from mpt.terms import Packing
 
 
 def explain_short(plan: Plan) -> list[tuple[str, str]]:
@@ -31,6 +32,9 @@ def explain_short(plan: Plan) -> list[tuple[str, str]]:
         lines.insert(5, ("strategy", f"{strategy.value}: {strategy.reason}"))
     if value("gradient_checkpointing"):
         lines.insert(6, ("checkpointing", plan.values["gradient_checkpointing"].reason))
+    if value("packing") != Packing.BLOCKS:
+        padding = ", and no padding" if value("padding_free") else ""
+        lines.insert(-2, ("packing", f"{value('packing')}: {plan.values['packing'].reason}{padding}"))
     if value("layers") is not None:
         lines.insert(3, ("layers", _layers_sentence(plan)))
     return lines

@@ -2,6 +2,7 @@
 
 import random
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -9,9 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+from mpt.hardware.specs import parse_machine
 from mpt.planning.best_fit import count_bins
-from mpt.training.collation import IGNORED, BinCollator, FlattenedCollator, PaddedCollator
+from mpt.planning.model_facts import learn_model_facts
+from mpt.planning.plan import resolve
+from mpt.training.collation import (
+    IGNORED,
+    BinCollator,
+    FlattenedCollator,
+    PackedCollator,
+    PaddedCollator,
+    build_collator,
+)
 from mpt.training.packing import LENGTHS, BestFitBins, PackedBlocks, cut, fit, lengths_of, pack_rows
+from tests.training.tiny_runs import tiny_recipe
 
 
 def table_of(rows: list[list[int]], labels: list[list[int]] | None = None, chunks: int = 1) -> datasets.Dataset:
@@ -155,6 +167,32 @@ def test_a_padded_batch_is_as_wide_as_its_longest_sample_rounded_up_within_the_l
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (2, width)
     assert int(batch["attention_mask"].sum()) == longest + 2
     assert batch["labels"][1, 2:].eq(IGNORED).all() and batch["input_ids"][1, 2:].eq(9).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "machine", "kind", "multiple"),
+    [
+        ({}, "cpu", PackedCollator, None),
+        ({"packing": "none"}, "cpu", PaddedCollator, 1),
+        ({"packing": "none"}, "T4", PaddedCollator, 8),
+        ({"packing": "best_fit"}, "cpu", BinCollator, 1),
+        ({"packing": "best_fit", "pad_to_multiple_of": 64}, "cpu", BinCollator, 64),
+        ({"packing": "best_fit"}, "A100-80GB", FlattenedCollator, 1),
+        ({"packing": "none"}, "A100-80GB", FlattenedCollator, 1),
+    ],
+)
+def test_a_run_has_the_collator_that_its_plan_names(
+    data: dict[str, Any], machine: str, kind: type, multiple: int | None
+) -> None:
+    recipe = tiny_recipe(data=data, precision="fp32" if machine == "cpu" else "fp16")
+    where, packages = parse_machine(machine), frozenset({"flash-attn"})
+    plan = resolve(recipe, where, learn_model_facts(recipe), name="tiny", packages=packages)
+    collator = build_collator(plan, SimpleNamespace(pad_token_id=None, eos_token_id=3))
+    assert type(collator) is kind
+    if multiple is not None:
+        assert collator.multiple == multiple and collator.pad_token_id == 3  # type: ignore[attr-defined]
+    if isinstance(collator, PaddedCollator):
+        assert collator.limit == 64
 
 
 def test_real_text_is_packed_to_the_last_few_positions() -> None:

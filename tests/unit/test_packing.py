@@ -8,6 +8,7 @@ import pytest
 from mpt.errors import MptError
 from mpt.hardware.specs import parse_machine
 from mpt.planning.best_fit import count_bins, pieces, placements
+from mpt.planning.explain import explain_short
 from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.packing import choose_packing, choose_pad_multiple, choose_padding_free
 from mpt.planning.padding import PaddingShares, describe, padding_shares
@@ -119,6 +120,8 @@ def test_the_plan_holds_all_three_and_reads_them_back() -> None:
         asked, parse_machine("A100-80GB"), learn_model_facts(asked), name="packed", packages=frozenset({"flash-attn"})
     )
     assert (on_gpu.value("attention"), on_gpu.value("padding_free")) == ("flash_attention_2", True)
+    assert dict(explain_short(on_gpu))["packing"] == "best_fit: the recipe asks for it, and no padding"
+    assert "packing" not in dict(explain_short(resolve(recipe(), plan.machine, plan.facts, name="blocks")))
 
 
 @pytest.mark.parametrize(
