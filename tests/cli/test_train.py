@@ -87,6 +87,7 @@ main()
 CORE = (
     "pydantic", "pydantic_core", "annotated_types", "typing_extensions.py", "typing_inspection", "yaml", "typer",
     "click", "shellingham", "annotated_doc", "rich", "markdown_it", "mdurl", "pygments", "pynvml.py", "xxhash",
+    "jinja2", "markupsafe",
 )  # fmt: skip
 
 

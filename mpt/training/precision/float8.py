@@ -17,7 +17,11 @@ from mpt.planning.float8 import TORCHAO_INSTALL, TORCHAO_RECIPES
 
 # What torchao 0.18 and torch 2.13 log when torchao is imported, which transformers and peft do wherever it is
 # installed: kernels that fp8 training does not use, and a deprecation inside torchao.
-NOISE = {"torchao": "Failed to load ", "torch.utils._pytree": "%s is an Enum subclass"}
+NOISE = {
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": "%s is an Enum subclass",
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",
+}
 
 
 def convert(model: nn.Module, names: frozenset[str], *, recipe: str, emulate: bool) -> int:
