@@ -1,8 +1,8 @@
 """`mpt doctor` explains runs that were really made, by the small worker under the real supervisor."""
 
 import json
-import re
 import os
+import re
 import shutil
 import subprocess
 import sys
