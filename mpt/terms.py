@@ -110,5 +110,23 @@ class Task(StrEnum):
     MASKED_LM = "masked_lm"
 
 
+class Metric(StrEnum):
+    """What an evaluation computes beside the loss."""
+
+    ACCURACY = "accuracy"
+    F1 = "f1"
+    F1_MACRO = "f1_macro"
+    F1_WEIGHTED = "f1_weighted"
+    PRECISION = "precision"
+    RECALL = "recall"
+    MATTHEWS = "matthews"
+    PEARSON = "pearson"
+    SPEARMAN = "spearman"
+    MSE = "mse"
+    MAE = "mae"
+    PERPLEXITY = "perplexity"
+    TOKEN_ACCURACY = "token_accuracy"
+
+
 # Those whose loss is a cross entropy over the vocabulary.
 LANGUAGE_TASKS = (Task.CAUSAL_LM, Task.SFT, Task.MASKED_LM)

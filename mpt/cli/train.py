@@ -63,7 +63,7 @@ def train(
         _train(recipe, overrides, dry_run, name, runs_dir, machine, resume, accept_changes, as_json)
     except MptError as error:
         if as_json:
-            counts = {"steps": 0, "train_loss": None, "eval_loss": None, "attempts": 0, "incidents": 0}
+            counts = {"steps": 0, "train_loss": None, "eval_loss": None, "metrics": {}, "attempts": 0, "incidents": 0}
             counts |= {"loss_scale": None, "skipped_steps": 0}
             refused = {"outcome": "refused", "run_dir": None, **counts, "problem": error.problem}
             _print_result(json.dumps(refused))
@@ -231,6 +231,7 @@ def _carry_out(
 
 def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
     from mpt.measuring.compare import read_result
+    from mpt.reporting.live import spell_metrics
     from mpt.reporting.summary import last_sample, summarise
     from mpt.running.recovery import Outcome
 
@@ -249,6 +250,7 @@ def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
         _say(f"\n{text}\n")
     named = (("train", summary["train_loss"]), ("evaluation", summary["eval_loss"]))
     losses = [f"{what} loss {loss:.4f}" for what, loss in named if isinstance(loss, float)]
+    losses += [spell_metrics({name: value}).strip() for name, value in summary["metrics"].items()]
     _say(f"{summary['steps']} steps: {', '.join(losses) or 'no loss'}")
     _report_loss_scale(summary)
     _say(f"the model is in {run.final}")

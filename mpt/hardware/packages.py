@@ -11,6 +11,8 @@ CONSIDERED = (
     "datasets",
     "deepspeed",
     "peft",
+    "scipy",
+    "sklearn",
     "torch",
     "torchao",
     "transformer_engine",

@@ -127,6 +127,8 @@ def _make(run: RunDirectory, scratch: RunDirectory, incident: Path) -> None:
         scratch.checkpoints.mkdir(parents=True)
         if run.tokenizer.is_dir():
             shutil.copytree(run.tokenizer, scratch.tokenizer)
+        if run.from_data.exists():
+            shutil.copy(run.from_data, scratch.from_data)
     ask_to_measure(scratch.attempt(1), Measure(1, incident=str(incident.resolve())))
 
 

@@ -5,14 +5,10 @@ from mpt.errors import MptError, UnsupportedError
 from mpt.planning.plan import Plan
 from mpt.terms import Strategy, Task
 
-TRAINED = (Task.CAUSAL_LM, Task.SFT, Task.MASKED_LM)
-
 
 def without_engine(plan: Plan) -> list[str]:
     """Name each wish of the plan that this version can plan and not yet train."""
     wishes = []
-    if plan.value("task") not in TRAINED:
-        wishes.append(f"task: {plan.value('task')}")
     if plan.value("distributed.strategy") == Strategy.FSDP2:
         wishes.append("distributed.strategy: fsdp2")
     if plan.value("nodes") > 1:
@@ -27,7 +23,7 @@ def check_trainable(plan: Plan) -> None:
         raise MptError(
             f"not yet: this version of mpt plans {', '.join(wishes)} and can't train it",
             remedy="`mpt plan` shows what it would do. What trains today: pretraining, full fine-tuning, LoRA and "
-            "QLoRA of language models in every precision, on one node, with one process, DDP or ZeRO 1-3.",
+            "QLoRA of language models and classifiers in every precision, on one node, with one process, DDP or ZeRO 1-3.",
         )
     if not plan.memory.fits:
         raise UnsupportedError(

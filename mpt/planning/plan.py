@@ -18,6 +18,7 @@ from mpt.planning.deepspeed import to_deepspeed
 from mpt.planning.float8_engine import check_recomputed, choose_compile, choose_float8
 from mpt.planning.layers import check_tied, choose_layers, island_dtypes, keeps_mlp_wide
 from mpt.planning.memory import MemoryEstimate
+from mpt.planning.metrics import choose_metrics
 from mpt.planning.model_facts import ModelFacts
 from mpt.planning.modules import ModuleShape
 from mpt.planning.number_formats import check_static_scale
@@ -175,6 +176,7 @@ def resolve(
     ) | tracker_arguments(trackers.value, recipe, name)
     values: dict[str, Decision[Any]] = {
         "task": _asked_or_default(recipe, "task", recipe.task.value, "predict the next token"),
+        "metrics": choose_metrics(recipe, packages),
         "method": method,
         "quantization": quantization,
         "device": Decision(machine.kind.value, Origin.DERIVED, machine.label),

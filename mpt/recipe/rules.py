@@ -3,6 +3,7 @@ or the model are planning's."""
 
 from collections.abc import Callable, Iterator
 
+from mpt.recipe.evaluation_rules import labels_fit, metrics_fit
 from mpt.recipe.schema import Recipe, SourceSection, TokenizerSection
 from mpt.recipe.sources import BUILTIN, QUESTIONS
 from mpt.recipe.suggestions import nearest
@@ -185,6 +186,7 @@ def _task_has_its_keys(recipe: Recipe) -> Iterator[Flaw]:
     only = {
         "text_pair_column": Task.SEQUENCE_CLASSIFICATION,
         "label_column": Task.SEQUENCE_CLASSIFICATION,
+        "labels": Task.SEQUENCE_CLASSIFICATION,
         "messages_column": Task.SFT,
         "mask_probability": Task.MASKED_LM,
         "layout": Task.SFT,
@@ -270,6 +272,8 @@ RULES: tuple[Callable[[Recipe], Iterator[Flaw]], ...] = (
     _tokenizer,
     _sources_fit_the_task,
     _task_has_its_keys,
+    labels_fit,
+    metrics_fit,
     _trackers,
     _packing,
 )

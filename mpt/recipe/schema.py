@@ -24,7 +24,7 @@ from mpt.recipe.sections.precision import (
 )
 from mpt.recipe.sections.supervision import HealthSection, RecoverySection, RestartSection
 from mpt.recipe.training_keys import TrainingSection
-from mpt.terms import Attention, OffloadDevice, Task
+from mpt.terms import Attention, Metric, OffloadDevice, Task
 
 __all__ = [
     "SHORT_FORMS",
@@ -88,6 +88,10 @@ class Recipe(Section):
     """Quantise the frozen weights under the adapters."""
     training: TrainingSection = TrainingSection()  # type: ignore[valid-type]
     """Keys of `transformers.TrainingArguments` (5.x), under their own names."""
+    metrics: list[Metric] | None = None
+    """What an evaluation computes beside the loss. Classes: accuracy, f1 (of the second class where there are two, else
+    the mean over classes), f1_macro, f1_weighted, precision, recall, matthews; regression: pearson, spearman, mse, mae;
+    language models: perplexity, token_accuracy. Left out: accuracy and f1, or pearson and spearman, or perplexity."""
     sample: Annotated[SampleSection, short_form("sample")] | None = None
     """Text to generate at the end; a text is its `prompt`."""
     restart: RestartSection = RestartSection()

@@ -209,6 +209,19 @@ def number(value: Any, form: str) -> str:
     return value if isinstance(value, str) else format(value, form)
 
 
+def spell_metrics(metrics: Mapping[str, Any] | None) -> str:
+    """Write the metrics of an evaluation, to stand behind its loss.
+
+    >>> spell_metrics({"accuracy": 0.875, "perplexity": 12.3456}), spell_metrics(None)
+    ('  accuracy 0.8750  perplexity 12.35', '')
+    """
+    parts = []
+    for name, value in (metrics or {}).items():
+        is_small = isinstance(value, str) or abs(value) < 10
+        parts.append(f"  {name} {number(value, '.4f' if is_small else '.4g')}")
+    return "".join(parts)
+
+
 def spell_loss_scale(value: Any) -> str:
     """Write a loss scale; beyond six digits a power of two is shorter, and exact.
 
@@ -234,7 +247,7 @@ def describe(event: Mapping[str, Any]) -> str | None:
         case "audit":
             return "audit passed: what runs is what was planned" if event.get("passed") else "audit FAILED"
         case "evaluated" if event.get("eval_loss") is not None:
-            return f"{at}  evaluation loss {number(event['eval_loss'], '.4f')}"
+            return f"{at}  evaluation loss {number(event['eval_loss'], '.4f')}{spell_metrics(event.get('metrics'))}"
         case "checkpoint_saved":
             return f"{at}  saved {event.get('name')}"
         case "save_failed":

@@ -10,6 +10,7 @@ from typing import Any
 
 from mpt.planning.plan import Plan
 from mpt.planning.repair import Change, changes
+from mpt.reporting.live import spell_metrics
 from mpt.reporting.summary import summarise
 from mpt.running.journal import read_events, spell_non_finite
 from mpt.running.metrics import every_row
@@ -75,7 +76,8 @@ def to_text(report: RunReport) -> str:
     summary = report.summary
     named = (("train", summary["train_loss"]), ("evaluation", summary["eval_loss"]))
     losses = [f"{what} loss {loss:.4f}" for what, loss in named if isinstance(loss, float)]
-    came = ", ".join([str(summary["outcome"]), f"{summary['steps']} steps", *losses])
+    metrics = [spell_metrics({name: value}).strip() for name, value in summary["metrics"].items()]
+    came = ", ".join([str(summary["outcome"]), f"{summary['steps']} steps", *losses, *metrics])
     lines = [f"{summary['run_dir']}: {came}"]
     for attempt in report.attempts:
         lines += _told(attempt)

@@ -18,14 +18,15 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
     """Sum up a run: outcome, steps, losses, loss scale, attempts, incidents.
 
     `outcome` is "interrupted" where the run neither ended nor is known to go on. `train_loss` is the mean over the run
-    where it finished, else the last step's; a loss is None where there is none. `loss_scale` is the last step's, None
-    without fp16; `skipped_steps` counts the steps that overflowed, the one that ended the run included.
+    where it finished, else the last step's; a loss is None where there is none. `metrics` are those of the last
+    evaluation, beside its loss. `loss_scale` is the last step's, None without fp16; `skipped_steps` counts the steps that overflowed, the one that ended the run included.
     """
     events = read_events(run.journal)
     rows = read_rows(run)
     last_step = max(rows, default=0)
     last_row = rows.get(last_step, {})
     outcome, finished, eval_loss, incidents = "interrupted", None, None, 0
+    metrics: Mapping[str, Any] = {}
     for event in events:
         kind = event["kind"]
         incidents += kind in INCIDENTS or (kind == "attempt_ended" and event["verdict"] == "restart")
@@ -33,17 +34,18 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
             outcome, finished = "interrupted", None
         elif kind == "finished":
             outcome, finished = "finished", event
-            eval_loss = event.get("eval_loss", eval_loss)
+            eval_loss, metrics = event.get("eval_loss", eval_loss), event.get("metrics") or metrics
         elif kind == "run_finished":
             outcome = event["outcome"]
         elif kind == "evaluated":
-            eval_loss = event.get("eval_loss")
+            eval_loss, metrics = event.get("eval_loss"), event.get("metrics") or {}
     return {
         "outcome": outcome,
         "run_dir": str(run.path),
         "steps": last_step if finished is None else finished["step"],
         "train_loss": last_row.get("loss") if finished is None else finished["train_loss"],
         "eval_loss": eval_loss,
+        "metrics": dict(metrics),
         "loss_scale": last_row.get("loss_scale"),
         "skipped_steps": _skipped(rows, events),
         "attempts": len(run.attempt_numbers()),

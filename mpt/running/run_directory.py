@@ -101,6 +101,15 @@ class RunDirectory:
         return self.path / "trackers.json"
 
     @property
+    def from_data(self) -> Path:
+        """What the data says of the model, such as its classes; where it says nothing there is no such file."""
+        return self.path / "from_data.json"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        return any(self.checkpoints.glob("checkpoint-*"))
+
+    @property
     def final(self) -> Path:
         return self.path / "final"
 

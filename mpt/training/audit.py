@@ -19,7 +19,7 @@ from mpt.errors import UnsupportedError
 from mpt.planning.plan import Plan
 from mpt.running.journal import Journal
 from mpt.running.run_directory import write_atomically
-from mpt.terms import DeviceKind, Method, Packing
+from mpt.terms import DeviceKind, Method, Packing, Task
 from mpt.training import findings
 from mpt.training.adapters import count_adapters
 from mpt.training.documents_apart import check_documents_apart
@@ -193,7 +193,7 @@ class Audit:
             self._compare("has adapters", True, count_adapters(trainer.model) > 0)
         else:
             count = sum(getattr(weight, "ds_numel", weight.numel()) for weight in trainable)
-            self._compare("trainable parameters", plan.facts.parameters, count)
+            self._compare("trainable parameters", plan.facts.parameters, self._as_planned(trainer, count))
         converted = sorted(findings.plain_fp8(trainer))
         self._compare("fp8 modules", len(planned_float8(plan)), len(converted))
         if converted != sorted(planned_float8(plan)):
@@ -218,6 +218,14 @@ class Audit:
         """What DeepSpeed's 16-bit engines cast with the adapters; fp32 otherwise."""
         by_deepspeed = self.plan.deepspeed is not None
         return str(self.plan.value("adapter_dtype")) if by_deepspeed else "fp32"
+
+    def _as_planned(self, trainer: "PlanTrainer", count: int) -> int:
+        """Leave the outputs out that a classifier has for the classes of its data: the plan did not know how many."""
+        if self.plan.value("task") != Task.SEQUENCE_CLASSIFICATION:
+            return count
+        each, labels = findings.output_parameters(trainer.model), trainer.model.config.num_labels
+        more = (count - self.plan.facts.parameters) // each if each else 0
+        return count - more * each if more < labels else count
 
     def _has_adapters(self) -> bool:
         return bool(self.plan.value("method") != Method.FULL)
@@ -286,6 +294,8 @@ class Audit:
     def _alignment(self, trainer: "PlanTrainer") -> None:
         """Say which matrix sizes the matrix units can't take whole: it costs speed, and is no reason to stop."""
         odd = findings.misaligned(trainer.model, 16 if self.plan.value("fp8") else 8)
+        if self.plan.value("task") == Task.SEQUENCE_CLASSIFICATION:  # an output a class: nobody can choose their number
+            odd = [found for found in odd if found[1] != trainer.model.config.num_labels]
         if odd and self.is_writer:
             listed = ", ".join(f"{name} {rows} x {columns}" for name, rows, columns in odd[:3])
             more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""

@@ -3,7 +3,8 @@
 What the reader should hear of (a remainder dropped, documents truncated) comes back as notices.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -37,12 +38,14 @@ class Documents:
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Tokenised samples, ready for the Trainer. `is_chat`: a chat template has written them."""
+    """Tokenised samples, ready for the Trainer. `is_chat`: a chat template has written them. `from_data` is what the
+    model must know of them, such as the classes, in JSON's types: it is kept with the run."""
 
     train: Any
     held_out: Any
     notices: tuple[str, ...] = ()
     is_chat: bool = False
+    from_data: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_documents(section: DataSection, *, seed: int) -> Documents:

@@ -116,6 +116,15 @@ def _size(module: Any) -> tuple[int, int]:
     return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else (module.nf, module.nx)
 
 
+def output_parameters(model: Any) -> int:
+    """Count the parameters of one output of a classifier's head: the last linear layer with as many as it has labels."""
+    labels = model.config.num_labels
+    heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == labels]
+    if not heads:
+        return 0
+    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in heads[-1].parameters()) // labels
+
+
 def strategy(trainer: "PlanTrainer", engine: Any) -> str:
     if engine is not None:
         return f"zero{engine.zero_optimization_stage()}"

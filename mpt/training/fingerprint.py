@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import xxhash
 from transformers import PreTrainedTokenizerBase
@@ -63,10 +64,9 @@ def measure(samples: Any) -> dict[str, Any]:
         tokens.update(np.ascontiguousarray(numbers).data)
         lengths.update(sizes.data)
         count += len(numbers)
-    if "labels" in getattr(samples, "column_names", ()):
-        for chunk in samples.data.column("labels").chunks:
-            tokens.update(np.ascontiguousarray(chunk.flatten().to_numpy(zero_copy_only=True)).data)
     tokens.update(lengths.digest())
+    for numbers in _other_numbers(samples):
+        tokens.update(np.ascontiguousarray(numbers).data)
     return {"samples": len(samples), "tokens": count, "fingerprint": tokens.hexdigest()}
 
 
@@ -103,6 +103,14 @@ def _chunks(samples: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for chunk in samples.data.column("input_ids").chunks:
         lengths = pc.list_value_length(chunk).to_numpy(zero_copy_only=False).astype(np.int64)
         yield chunk.flatten().to_numpy(zero_copy_only=True), lengths
+
+
+def _other_numbers(samples: Any) -> Iterator[np.ndarray]:
+    """Yield what a table holds beside its tokens, column by column: labels, a number a sample or a token."""
+    for name in sorted(set(getattr(samples, "column_names", ())) - {"input_ids"}):
+        for chunk in samples.data.column(name).chunks:
+            numbers = chunk.flatten() if isinstance(chunk, (pa.ListArray, pa.LargeListArray)) else chunk
+            yield numbers.to_numpy(zero_copy_only=False)
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

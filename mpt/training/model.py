@@ -185,6 +185,13 @@ def _from_checkpoint(head: Any, plan: Plan, section: ModelSection, keys: Mapping
     name = section.name_or_path or ""
     try:
         return head.from_pretrained(name, **loading(plan), **keys)
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise MptError(
+            f"model {name} has weights of other sizes than its task needs here: {' '.join(str(error).split())[:300]}",
+            remedy="Its head was made for other classes: start from the model that it was made from.",
+        ) from error
     except (OSError, ValueError) as error:
         where = "" if Path(name).exists() else " (no such directory here, so a hub id)"
         raise MptError(

@@ -39,7 +39,7 @@ class Calibration:
         """
         import torch
 
-        from mpt.training.tasks import task_module
+        from mpt.training.tasks import model_of, task_module
 
         self.plan = plan
         self.device = torch.device(DEVICES.get(plan.machine.kind, plan.machine.kind.value))
@@ -55,7 +55,7 @@ class Calibration:
         ]
         if len(self.batches) < batches:
             self.notices.append(f"the data yields {len(self.batches)} batches of {batches}")
-        model = task.build_model(plan, tokenizer, seed=seed)
+        model = model_of(task, plan, tokenizer, samples, seed=seed)
         model.config.use_cache = False
         self.model = model.to(self.device).eval()  # dropout would differ between the passes that are compared
         self.is_frozen = is_frozen

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from mpt.planning.padding import describe, padding_shares
 from mpt.planning.plan import Plan
 from mpt.recipe.rules import groups_by_length
 from mpt.running.data_record import record
+from mpt.running.from_data import keep_from_data, read_from_data
 from mpt.running.heartbeat import Heartbeat
 from mpt.running.journal import Journal, spell_non_finite
 from mpt.running.measured import asked_measure, evaluation_file
@@ -46,7 +47,7 @@ from mpt.training.repeated_stream import RepeatedStream
 from mpt.training.replay import Replay
 from mpt.training.saving import full_weights, save_final
 from mpt.training.step_watch import StepWatch
-from mpt.training.tasks import evaluation_of, ready_tokenizer, special_tokens_of, task_module
+from mpt.training.tasks import evaluation_of, model_of, ready_tokenizer, special_tokens_of, task_module
 from mpt.training.tokenizer import is_trained, load_tokenizer, read_tokenizer, trained_tokenizer
 from mpt.training.trackers import Trackers
 from mpt.training.trainer import PlanTrainer, data_seed
@@ -55,11 +56,12 @@ from mpt.training.turns import rank_0_first
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What a finished run came to. `eval_loss` None: nothing was held out."""
+    """What a finished run came to. `eval_loss` None: nothing was held out. `metrics` are those of the last evaluation."""
 
     step: int
     train_loss: float | None
     eval_loss: float | None
+    metrics: Mapping[str, float]
 
 
 def train(
@@ -95,10 +97,10 @@ def train(
     else:
         tokenizer = read_tokenizer(run.tokenizer) if is_trained(plan.recipe) else load_tokenizer(plan.recipe)
         ready_tokenizer(task, plan, None, tokenizer)
-        samples = Samples(replay.samples(plan.value("global_batch_size")), None)
+        samples = Samples(replay.samples(plan.value("global_batch_size")), None, from_data=read_from_data(run))
 
     phase("model")
-    model = task.build_model(plan, tokenizer, seed=arguments.seed)
+    model = model_of(task, plan, tokenizer, samples, seed=arguments.seed)
     apply_precision(model, plan)
     evaluates = asked is not None and asked.evaluates
     model = load_adapters(model, asked.adapter) if asked is not None and evaluates else add_adapters(model, plan)
@@ -196,6 +198,7 @@ def _prepare(
     if plan.recipe.data.streaming:
         samples = replace(samples, train=RepeatedStream(samples.train))
     if arguments.process_index == 0:
+        keep_from_data(run, samples.from_data)
         record(run, journal, fingerprint(plan.recipe.data, documents, samples, tokenizer))
         for notice in (*told, *samples.notices):
             journal.append("notice", text=notice)
@@ -285,11 +288,15 @@ def _finish(
     plan: Plan, run: RunDirectory, trainer: PlanTrainer, tokenizer: Any, phase: Any, barrier: Any, *, is_chat: bool
 ) -> Finished:
     step = trainer.state.global_step
-    eval_loss = None
+    eval_loss, metrics = None, {}
     if trainer.eval_dataset is not None:
         # These very weights may have been evaluated at the last step; the best ones, loaded since then, have not.
         known = None if trainer.args.load_best_model_at_end else trainer.last_evaluation
-        eval_loss = known[1] if known and known[0] == step else trainer.evaluate().get("eval_loss")
+        if known is None or known[0] != step:
+            trainer.evaluate()
+            known = trainer.last_evaluation
+        assert known is not None
+        _, eval_loss, metrics = known
     phase("saving")
     state_dict = full_weights(trainer.model, keep=trainer.watch.is_writer) if trainer.is_deepspeed_enabled else None
     if trainer.watch.is_writer:
@@ -300,7 +307,7 @@ def _finish(
         phase("sampling")
         _sample(plan, trainer, tokenizer, is_chat=is_chat)
     barrier()
-    return Finished(step, _train_loss(run) if trainer.watch.is_writer else None, eval_loss)
+    return Finished(step, _train_loss(run) if trainer.watch.is_writer else None, eval_loss, metrics)
 
 
 def _sample(plan: Plan, trainer: PlanTrainer, tokenizer: Any, *, is_chat: bool) -> None:

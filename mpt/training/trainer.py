@@ -3,7 +3,7 @@ checkpoints are staged and committed, metrics are written each step, a stop is a
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,12 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import has_length
 
-from mpt.errors import UnsupportedError
+from mpt.errors import MptError, UnsupportedError
 from mpt.planning.data_window import windows_of
 from mpt.planning.plan import Plan
 from mpt.running.journal import Journal
 from mpt.running.run_directory import RunDirectory
-from mpt.terms import Task
+from mpt.terms import Metric, Task
 from mpt.training.audit import Audit
 from mpt.training.background import trained_state
 from mpt.training.checkpointing import Saver
@@ -64,7 +64,7 @@ class PlanTrainer(Trainer):
         self.watch.blame = lambda: bad_gradients(self)
         self.audit = audit
         self.measurement = Measurement(run.attempt(watch.attempt), is_writer=watch.is_writer)
-        self.last_evaluation: tuple[int, float | None] | None = None
+        self.last_evaluation: tuple[int, float | None, dict[str, float]] | None = None
         self.reduction: ReduceIn | None = None
         self.evidence = Evidence()
         self.order: DataOrder | None = None
@@ -281,15 +281,34 @@ class PlanTrainer(Trainer):
         self._phase("evaluating")
         with unchanged_randomness():
             metrics = super().evaluate(*arguments, **keywords)
-        loss = metrics.get("eval_loss")
-        self.last_evaluation = (self.state.global_step, loss)
+        loss, others = metrics.get("eval_loss"), metrics_in(metrics)
+        self.last_evaluation = (self.state.global_step, loss, others)
         if self.watch.is_writer:
-            self.journal.append("evaluated", step=self.state.global_step, eval_loss=loss)
+            self.journal.append("evaluated", step=self.state.global_step, eval_loss=loss, metrics=others)
         plain = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
         self.watch.write_row(**{"step": self.state.global_step, "attempt": self.watch.attempt} | plain)
         if self.is_in_train:
             self._phase("training")
         return metrics
+
+    def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
+        """Add the perplexity, which follows from the loss, where trackers and the choice of the best model see it."""
+        output = super().evaluation_loop(*arguments, **keywords)
+        prefix = keywords.get("metric_key_prefix", "eval")
+        loss = output.metrics.get(f"{prefix}_loss")
+        if loss is not None and Metric.PERPLEXITY in self.plan.value("metrics"):
+            output.metrics[f"{prefix}_perplexity"] = perplexity(loss)
+        return output
+
+    def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            raise MptError(
+                f"training.metric_for_best_model is {self.args.metric_for_best_model}, and the evaluation gives "
+                f"{', '.join(['loss', *metrics_in(metrics)])}",
+                remedy="Name one of these.",
+            ) from error
 
     # --- checkpoints
 
@@ -456,6 +475,29 @@ class WatchedEngine(DeepSpeedEngineWrapper):
         norm = engine.get_global_grad_norm()
         norm = 0.0 if norm is None else float(norm)
         watch.conclude(applied=engine.was_step_applied(), grad_norm=norm, limit=limit)
+
+
+# What the Trainer adds to the metrics of an evaluation: its loss, and how long it took.
+TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
+
+
+def metrics_in(evaluated: Mapping[str, Any]) -> dict[str, float]:
+    """Pick the metrics beside the loss out of what an evaluation gives.
+
+    >>> metrics_in({"eval_loss": 0.5, "eval_accuracy": 0.75, "eval_runtime": 3.0, "epoch": 1.0})
+    {'accuracy': 0.75}
+    """
+    named = {key.removeprefix("eval_"): value for key, value in evaluated.items() if key.startswith("eval_")}
+    return {
+        name: float(value)
+        for name, value in named.items()
+        if name not in ("loss", *TIMES) and isinstance(value, (int, float))
+    }
+
+
+def perplexity(loss: float) -> float:
+    """Give exp(loss); of a loss beyond what a double can hold, infinity."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def data_seed(arguments: TrainingArguments) -> int:

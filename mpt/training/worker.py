@@ -79,7 +79,14 @@ def _train(run: RunDirectory, number: int, rank: int, journal: Journal) -> int:
         told |= {"reason": diverged.reason, "onset": diverged.onset}
         return _last_word(journal, rank, ExitCode.DIVERGED, "diverged", **told)
     return _last_word(
-        journal, rank, ExitCode.DONE, "finished", step=done.step, train_loss=done.train_loss, eval_loss=done.eval_loss
+        journal,
+        rank,
+        ExitCode.DONE,
+        "finished",
+        step=done.step,
+        train_loss=done.train_loss,
+        eval_loss=done.eval_loss,
+        metrics=dict(done.metrics),
     )
 
 

@@ -145,15 +145,17 @@ def test_a_default_sequence_length_bows_to_the_models_positions() -> None:
     assert plan_of("cpu", data="builtin:python-reference").value("sequence_length") == 128
 
 
-@pytest.mark.parametrize(
-    ("name", "machine", "wish"),
-    [("bert-glue-mrpc", "T4", "sequence_classification")],
-)
-def test_what_has_no_engine_yet_is_planned_and_refused_by_training(name: str, machine: str, wish: str) -> None:
-    plan = built_in(name, machine)
-    assert any(wish in named for named in without_engine(plan))
+def test_what_has_no_engine_yet_is_planned_and_refused_by_training() -> None:
+    plan = plan_of("2xH100", distributed={"strategy": "fsdp2"})
+    assert without_engine(plan) == ["distributed.strategy: fsdp2"]
     with pytest.raises(MptError, match="not yet"):
         check_trainable(plan)
+
+
+def test_a_classifier_trains_on_single_rows_and_is_judged_by_accuracy_and_f1() -> None:
+    plan = built_in("bert-glue-mrpc", "T4")
+    check_trainable(plan)
+    assert (plan.value("packing"), plan.value("metrics")) == (False, ["accuracy", "f1"])
 
 
 def test_a_plan_that_does_not_fit_is_refused_by_training_with_the_sizes() -> None:

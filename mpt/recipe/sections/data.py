@@ -66,7 +66,10 @@ class DataSection(Section):
     text_pair_column: Text | None = None
     """Column of the second text where a sample is a pair; sequence_classification only."""
     label_column: Text = "label"
-    """Column of the class; sequence_classification only."""
+    """Column of the class, a whole number or a name, or of the number to learn; sequence_classification only."""
+    labels: Literal["classes", "regression"] = "classes"
+    """Whether a label is one of some classes, which are found in the data, or a number that is learnt as such;
+    sequence_classification only."""
     messages_column: Text = "messages"
     """Column of the conversation, a list of {role, content}; sft only."""
     layout: Layout = "auto"

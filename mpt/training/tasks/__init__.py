@@ -6,9 +6,12 @@
 - `special_tokens(plan) -> tuple[str, ...]`, optional: tokens that a tokenizer trained for the run must have
 - `ready_tokenizer(plan, documents, tokenizer) -> list[str]`, optional: changes the tokenizer in place, to what the task
   needs, before anything is tokenised; says what was changed. `documents` is None where a replay has none
-- `build_model(plan, tokenizer, *, seed) -> PreTrainedModel`
+- `build_model(plan, tokenizer, *, seed) -> PreTrainedModel`, with `from_data` too where `Samples.from_data` says
+  anything
 - `build_collator(plan, tokenizer)`: what turns samples into a batch
-- `evaluation(plan) -> dict`, optional: `compute_metrics` and `preprocess_logits_for_metrics` for the Trainer
+- `evaluation(plan) -> dict`, optional: `compute_metrics` and `preprocess_logits_for_metrics` for the Trainer, in the
+  place of the plan's metrics (`mpt.training.metrics`)
+- `MARKS_TEXT = True`, optional: a tokenizer that is trained for it has [CLS], [SEP] and [MASK], and no end of text
 """
 
 from importlib import import_module
@@ -16,6 +19,8 @@ from types import ModuleType
 from typing import Any
 
 from mpt.planning.plan import Plan
+from mpt.training import metrics
+from mpt.training.data import Samples
 
 
 def task_module(task: str) -> ModuleType:
@@ -35,4 +40,10 @@ def ready_tokenizer(task: ModuleType, plan: Plan, documents: Any, tokenizer: Any
 
 def evaluation_of(task: ModuleType, plan: Plan) -> dict[str, Any]:
     """Give the Trainer's keywords for the metrics of a task; none where the loss says it all."""
-    return dict(task.evaluation(plan)) if hasattr(task, "evaluation") else {}
+    return dict(task.evaluation(plan)) if hasattr(task, "evaluation") else metrics.evaluation(plan)
+
+
+def model_of(task: ModuleType, plan: Plan, tokenizer: Any, samples: Samples, *, seed: int) -> Any:
+    """Build a task's model, with what the data says of it."""
+    said = {"from_data": samples.from_data} if samples.from_data else {}
+    return task.build_model(plan, tokenizer, seed=seed, **said)
