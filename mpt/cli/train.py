@@ -63,8 +63,8 @@ def train(
         _train(recipe, overrides, dry_run, name, runs_dir, machine, resume, accept_changes, as_json)
     except MptError as error:
         if as_json:
-            counts = {"steps": 0, "train_loss": None, "eval_loss": None, "metrics": {}, "attempts": 0, "incidents": 0}
-            counts |= {"loss_scale": None, "skipped_steps": 0}
+            counts: dict[str, Any] = {"steps": 0, "train_loss": None, "eval_loss": None, "metrics": {}}
+            counts |= {"attempts": 0, "incidents": 0, "loss_scale": None, "skipped_steps": 0}
             refused = {"outcome": "refused", "run_dir": None, **counts, "problem": error.problem}
             _print_result(json.dumps(refused))
         raise

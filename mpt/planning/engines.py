@@ -22,8 +22,8 @@ def check_trainable(plan: Plan) -> None:
     if wishes:
         raise MptError(
             f"not yet: this version of mpt plans {', '.join(wishes)} and can't train it",
-            remedy="`mpt plan` shows what it would do. What trains today: pretraining, full fine-tuning, LoRA and "
-            "QLoRA of language models and classifiers in every precision, on one node, with one process, DDP or ZeRO 1-3.",
+            remedy="`mpt plan` shows what it would do. What trains today: language models and classifiers, whole, by "
+            "LoRA and by QLoRA, in every precision, on one node, with one process, DDP or ZeRO 1-3.",
         )
     if not plan.memory.fits:
         raise UnsupportedError(

@@ -11,10 +11,15 @@ NEEDS = {Metric.PERPLEXITY: "", Metric.TOKEN_ACCURACY: "", Metric.PEARSON: "scip
 
 
 def choose_metrics(recipe: Recipe, packages: frozenset[str] | None) -> Decision[list[str]]:
-    """Choose what is computed beside the loss. `packages` as in `resolve`; raises UnsupportedError for a missing one."""
+    """Choose what is computed beside the loss. `packages` as in `resolve`.
+
+    Raises UnsupportedError where one that a metric needs is missing.
+    """
     metrics = metrics_of(recipe)
     needed = {metric: NEEDS.get(metric, "sklearn") for metric in metrics}
-    missing = [metric for metric, package in needed.items() if package and packages is not None and package not in packages]
+    missing = [
+        metric for metric, package in needed.items() if package and packages is not None and package not in packages
+    ]
     if missing:
         library = {"sklearn": "scikit-learn", "scipy": "scipy"}[needed[missing[0]]]
         raise UnsupportedError(

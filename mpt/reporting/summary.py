@@ -15,11 +15,12 @@ TRACEBACK_FRAME = '  File "'
 
 
 def summarise(run: RunDirectory) -> dict[str, Any]:
-    """Sum up a run: outcome, steps, losses, loss scale, attempts, incidents.
+    """Sum up a run: outcome, steps, losses, metrics, loss scale, attempts, incidents.
 
     `outcome` is "interrupted" where the run neither ended nor is known to go on. `train_loss` is the mean over the run
     where it finished, else the last step's; a loss is None where there is none. `metrics` are those of the last
-    evaluation, beside its loss. `loss_scale` is the last step's, None without fp16; `skipped_steps` counts the steps that overflowed, the one that ended the run included.
+    evaluation, beside its loss. `loss_scale` is the last step's, None without fp16; `skipped_steps` counts the steps
+    that overflowed, the one that ended the run included.
     """
     events = read_events(run.journal)
     rows = read_rows(run)

@@ -1,5 +1,5 @@
-"""What a run's data says of its model, such as the classes, kept in the run directory: every attempt builds the same model,
-and so does a replay, which has no data."""
+"""What a run's data says of its model, such as the classes, kept in the run directory: every attempt builds the same
+model, and so does a replay, which has no data."""
 
 import json
 from collections.abc import Mapping

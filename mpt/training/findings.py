@@ -117,7 +117,7 @@ def _size(module: Any) -> tuple[int, int]:
 
 
 def output_parameters(model: Any) -> int:
-    """Count the parameters of one output of a classifier's head: the last linear layer with as many as it has labels."""
+    """Count the parameters of one output of a classifier: of its last linear layer with an output a label."""
     labels = model.config.num_labels
     heads = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == labels]
     if not heads:

@@ -67,6 +67,8 @@ def find_classes(column: Column, count: int | None = None, known: Sequence[str] 
             f"every one of the {len(column.values)} training rows is of the class {next(iter(found))!r}",
             remedy="A classifier needs two classes: check data.label_column, and whether data.source is sorted.",
         )
+    names: tuple[str, ...]
+    numbers: dict[Any, int]
     if column.names is not None:
         names, numbers = column.names, {number: number for number in range(len(column.names))}
     elif isinstance(next(iter(found)), str):
@@ -89,13 +91,13 @@ def check_labels(column: Column) -> None:
         if kind is None:
             raise MptError(
                 f"{_place(column, label)}: {_said(column.key, label)}",
-                remedy="Give each row one class: a whole number or a name. Fractions are for `data.labels: regression`.",
+                remedy="Give each row one class, a whole number or a name; `data.labels: regression` learns fractions.",
             )
         kinds.setdefault(kind, label)
         if len(kinds) > 1:
             (first, sample), (other, odd) = kinds.items()
             raise MptError(
-                f"{_place(column, odd)}: {column.key} is {other} ({odd!r}), and in the rows before {first} ({sample!r})",
+                f"{_place(column, odd)}: {column.key} is {other} ({odd!r}), and in rows before {first} ({sample!r})",
                 remedy="Write every label in one way: all as numbers, or all as names.",
             )
 

@@ -1,7 +1,7 @@
 """The numbers of an evaluation beside its loss, by scikit-learn and scipy. Called by the session for every task.
 
-What is kept of a batch until the end is as little as the metrics need: the logits of a classifier, which are few, and of
-a language model two counts a sample.
+What is kept of a batch until the end is as little as the metrics need: the logits of a classifier, which are few, and
+of a language model two counts a sample.
 """
 
 import warnings
@@ -91,7 +91,7 @@ def first_of(logits: Any) -> torch.Tensor:
 
 
 def count_right(logits: torch.Tensor, labels: torch.Tensor, *, shift: bool) -> torch.Tensor:
-    """Count, a sample, the tokens that are guessed right and those that are asked for; `shift`: each is the next one."""
+    """Count, a sample, the tokens guessed right and those asked for; `shift`: what is asked for is the next one."""
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
     asked = labels != IGNORED

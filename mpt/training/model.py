@@ -189,8 +189,8 @@ def _from_checkpoint(head: Any, plan: Plan, section: ModelSection, keys: Mapping
         if "mismatch" not in str(error):
             raise
         raise MptError(
-            f"model {name} has weights of other sizes than its task needs here: {' '.join(str(error).split())[:300]}",
-            remedy="Its head was made for other classes: start from the model that it was made from.",
+            f"model {name} has weights of other sizes than are needed here; the worker's log lists them",
+            remedy="A head that was made for another number of classes does not fit: start from the model before it.",
         ) from error
     except (OSError, ValueError) as error:
         where = "" if Path(name).exists() else " (no such directory here, so a hub id)"

@@ -56,7 +56,7 @@ from mpt.training.turns import rank_0_first
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What a finished run came to. `eval_loss` None: nothing was held out. `metrics` are those of the last evaluation."""
+    """What a finished run came to. `eval_loss` None: nothing was held out. `metrics` are what was evaluated beside."""
 
     step: int
     train_loss: float | None
@@ -288,7 +288,8 @@ def _finish(
     plan: Plan, run: RunDirectory, trainer: PlanTrainer, tokenizer: Any, phase: Any, barrier: Any, *, is_chat: bool
 ) -> Finished:
     step = trainer.state.global_step
-    eval_loss, metrics = None, {}
+    eval_loss: float | None = None
+    metrics: dict[str, float] = {}
     if trainer.eval_dataset is not None:
         # These very weights may have been evaluated at the last step; the best ones, loaded since then, have not.
         known = None if trainer.args.load_best_model_at_end else trainer.last_evaluation

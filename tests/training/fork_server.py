@@ -28,7 +28,12 @@ IMPORTS = (
     *("datasets", "peft", "tensorboard", "torchao", "torch.utils.cpp_extension", "networkx"),
     *("deepspeed.moe.ep_router", "deepspeed.ops.op_builder.all_ops", "deepspeed.runtime.zero.muon.muon_optimizer"),
     *("transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama"),
-    *("transformers.models.bert.modeling_bert", "mpt.training.tasks.masked_lm"),
+    *(
+        "transformers.models.bert.modeling_bert",
+        "mpt.training.tasks.masked_lm",
+        "mpt.training.tasks.sequence_classification",
+        "sklearn.metrics",
+    ),
     *(
         "mpt.training.session",
         "mpt.training.autopsy",

@@ -77,7 +77,7 @@ def test_labels_of_mixed_types_are_refused_where_they_are_read(tmp_path: Path) -
     section = written(tmp_path / "rows.jsonl", [{"text": "x", "label": 1}, {"text": "y", "label": "one"}])
     with pytest.raises(MptError, match=r"rows.jsonl:2: column label is text here and a whole number in"):
         read_labelled(section, seed=0)
-    with pytest.raises(MptError, match=r"rows: row 2: label is text \('one'\), and in the rows before a number \(1\)"):
+    with pytest.raises(MptError, match=r"rows: row 2: label is text \('one'\), and in rows before a number \(1\)"):
         check_labels(column([1, "one"]))
 
 
@@ -110,7 +110,7 @@ def test_a_csv_says_numbers_as_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", ["high", None, float("nan"), True])
 def test_a_regression_refuses_what_is_no_number(bad: Any) -> None:
-    with pytest.raises(MptError, match="row 2: label is .*, no finite number"):
+    with pytest.raises(MptError, match=r"row 2: label is .*, no finite number"):
         to_numbers(column([0.5, bad, 1]))
 
 

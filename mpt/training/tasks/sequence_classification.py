@@ -70,6 +70,7 @@ def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenize
         held_out = label_column(section, documents.held_out, source)
     notices = [*documents.notices]
     from_data: dict[str, Any]
+    numbers: tuple[list[Any], list[Any] | None]
     if section.labels == "regression":
         numbers = to_numbers(train), None if held_out is None else to_numbers(held_out)
         from_data = {"problem_type": "regression", "num_labels": 1}
@@ -91,12 +92,12 @@ def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenize
     has_types = getattr(config, "type_vocab_size", 0) > 1
     limit = plan.value("sequence_length")
     tables = [
-        None if table is None else _tokenise(table, labels, tokenizer, limit, has_types=has_types)
+        None if labels is None else _tokenise(table, labels, tokenizer, limit, has_types=has_types)
         for table, labels in zip((documents.train, documents.held_out), numbers, strict=True)
     ]
     notices += _truncation(tables[0], limit)
     plain = [None if table is None else table.remove_columns("truncated") for table in tables]
-    return Samples(plain[0], plain[1], tuple(notices), from_data)
+    return Samples(plain[0], plain[1], tuple(notices), from_data=from_data)
 
 
 def build_model(
@@ -112,8 +113,8 @@ def build_model(
     if plan.recipe.model.config is not None:
         keys["pad_token_id"] = tokenizer.pad_token_id
     model = build_with_head(AutoModelForSequenceClassification, plan, tokenizer, seed=seed, keys=keys)
-    # A decoder judges by the last token that is no padding, which it knows by this alone. Set where the model stands, it
-    # freezes no embedding: torch.nn.Embedding asks when it is made.
+    # A decoder judges by the last token that is no padding, which it knows by this alone. Set now,
+    # it freezes no embedding: torch.nn.Embedding asks when it is made.
     model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return model
 
@@ -189,7 +190,8 @@ def _told(classes: Classes, column: Column) -> str:
     counted = Counter(column.values)
     label, most = counted.most_common(1)[0]
     name, share = classes.names[classes.numbers[label]], most / len(column.values)
-    return f"{len(classes.names)} classes: {listed(classes.names)}; {share:.0%} of the {len(column.values)} rows are {name}"
+    there = f"{len(classes.names)} classes: {listed(classes.names)}"
+    return f"{there}; {share:.0%} of the {len(column.values)} rows are {name}"
 
 
 def _truncation(table: datasets.Dataset, limit: int) -> list[str]:
