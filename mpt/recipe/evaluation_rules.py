@@ -38,7 +38,9 @@ def labels_fit(recipe: Recipe) -> Iterator[Flaw]:
             "leave num_labels out, or set `data.labels: " + ("regression`" if count == 1 else "classes`"),
         )
     if is_regression and recipe.training_keys.get("label_smoothing_factor"):
-        yield Flaw(("training", "label_smoothing_factor"), "smooths classes, and data.labels is regression", "remove it")
+        yield Flaw(
+            ("training", "label_smoothing_factor"), "smooths classes, and data.labels is regression", "remove it"
+        )
 
 
 def metrics_fit(recipe: Recipe) -> Iterator[Flaw]:

@@ -15,7 +15,7 @@ from mpt.training.labels import Classes, Column, check_labels, find_classes, to_
 
 
 def column(values: list[Any], **keys: Any) -> Column:
-    return Column(DataSection(source="builtin:python-reference"), "hub:rows", values, **keys)
+    return Column(DataSection(source="builtin:python-reference"), ["hub:rows"], values, **keys)
 
 
 def written(path: Path, rows: list[dict[str, Any]]) -> DataSection:
@@ -68,7 +68,7 @@ def test_a_bad_label_is_named_with_its_line(values: list[Any], count: int | None
     section = written(tmp_path / "rows.jsonl", [{"text": "x", "label": value} for value in values])
     table = read_labelled(section.model_copy(update={"eval_fraction": 0}), seed=0).train
     with pytest.raises(MptError) as refused:
-        find_classes(label_column(section, table, section.source), count)
+        find_classes(label_column(section, table, section.source_names), count)
     assert problem in refused.value.problem
     assert refused.value.problem.startswith((f"{tmp_path}/rows.jsonl:", "every one"))
 
@@ -85,7 +85,7 @@ def test_a_class_that_only_the_evaluation_has_is_refused(tmp_path: Path) -> None
     section = written(tmp_path / "rows.jsonl", [{"text": "x", "label": "a"}, {"text": "y", "label": "c"}])
     table = read_labelled(section.model_copy(update={"eval_fraction": 0}), seed=0).train
     with pytest.raises(MptError, match=r"rows.jsonl:2: label is 'c', a class that no training row has"):
-        Classes(("a", "b"), {"a": 0, "b": 1}).number(label_column(section, table, section.source))
+        Classes(("a", "b"), {"a": 0, "b": 1}).number(label_column(section, table, section.source_names))
 
 
 def test_minus_one_is_no_label_in_a_hub_data_set() -> None:
@@ -98,12 +98,12 @@ def test_a_csv_says_numbers_as_text(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("text,label\na,0\nb,10\nc,2\n", encoding="utf-8")
     section = DataSection(source=str(path), eval_fraction=0)
-    read = label_column(section, read_labelled(section, seed=0).train, section.source)
+    read = label_column(section, read_labelled(section, seed=0).train, section.source_names)
     assert find_classes(read).names == ("0", "2", "10")
     regression = section.model_copy(update={"labels": "regression"})
-    assert to_numbers(label_column(regression, read_labelled(section, seed=0).train, "x")) == [0.0, 10.0, 2.0]
+    assert to_numbers(label_column(regression, read_labelled(section, seed=0).train, ["x"])) == [0.0, 10.0, 2.0]
     path.write_text("text,label\na,0\nb,\nc,2\n", encoding="utf-8")
-    empty = label_column(section, read_labelled(section, seed=0).train, section.source)
+    empty = label_column(section, read_labelled(section, seed=0).train, section.source_names)
     with pytest.raises(MptError, match=r"rows.csv:3: the row has no label"):
         find_classes(empty)
 
