@@ -3,7 +3,7 @@ begins, never ignored."""
 
 from mpt.errors import MptError, UnsupportedError
 from mpt.planning.plan import Plan
-from mpt.terms import Strategy, Task
+from mpt.terms import Strategy
 
 
 def without_engine(plan: Plan) -> list[str]:

@@ -27,7 +27,7 @@ def choose_packing(recipe: Recipe, model_type: str, attention: str) -> Decision[
         return Decision(asked, Origin.ASKED, "the recipe asks for it")
     if groups_by_length(recipe):
         return Decision(Packing.NONE, Origin.DERIVED, "batches are grouped by length")
-    if recipe.task is Task.CAUSAL_LM:
+    if recipe.task in (Task.CAUSAL_LM, Task.MASKED_LM):
         rejected = Rejected(Packing.BEST_FIT.value, leak or "only when asked: blocks have no padding at all")
         return Decision(
             Packing.BLOCKS, Origin.AUTO, "mpt's default: blocks without padding waste no compute", (rejected,)

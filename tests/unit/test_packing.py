@@ -50,7 +50,7 @@ def recipe(task: str = "causal_lm", model_type: str = "llama", **data: Any) -> R
         ("sft", "somebodys_own", {}, "none"),
         ("sft", "llama", {"training": {"train_sampling_strategy": "group_by_length"}}, "none"),
         ("sequence_classification", "bert", {}, "none"),
-        ("masked_lm", "bert", {}, "none"),
+        ("masked_lm", "bert", {}, "blocks"),
         ("masked_lm", "bert", {"packing": True}, "blocks"),
     ],
 )

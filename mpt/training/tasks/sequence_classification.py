@@ -16,7 +16,8 @@ from transformers import (
 
 from mpt.errors import MptError
 from mpt.planning.plan import Plan
-from mpt.training.data import Documents, Samples, identify
+from mpt.training.data import Documents, Samples
+from mpt.training.encoding import identify
 from mpt.training.labelled import PAIR, label_column, read_labelled
 from mpt.training.labels import Classes, Column, check_labels, find_classes, listed, to_numbers
 from mpt.training.model import build_with_head, to_config
@@ -121,7 +122,9 @@ def build_model(
 
 def build_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> LabelledCollator:
     """Build what turns samples into a batch."""
-    return LabelledCollator(tokenizer)
+    multiple = plan.value("pad_to_multiple_of")
+    fits = plan.value("sequence_length") % multiple == 0  # else a full row would grow beyond the model's positions
+    return LabelledCollator(tokenizer, pad_to_multiple_of=multiple if fits else None)
 
 
 def _tokenise(
