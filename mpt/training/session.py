@@ -159,7 +159,7 @@ def _evaluate(trainer: PlanTrainer, attempt: AttemptDirectory) -> Finished:
     if trainer.watch.is_writer:
         came = {"loss": loss, "metrics": own, "samples": len(samples) if has_length(samples) else None}
         write_json(evaluation_file(attempt), spell_non_finite(came | {"seconds": seconds}))
-    return Finished(0, None, loss)
+    return Finished(0, None, loss, own)
 
 
 def _prepare(
