@@ -155,6 +155,7 @@ def _evaluate(trainer: PlanTrainer, attempt: AttemptDirectory) -> Finished:
     found = {key.removeprefix("eval_"): value for key, value in trainer.evaluate().items()}
     seconds = found.pop("runtime", 0.0)
     loss = found.pop("loss", None)
+    found.pop("perplexity", None)  # the reader takes it from the loss
     own = {key: value for key, value in found.items() if not key.endswith(("_per_second", "_time")) and key != "epoch"}
     if trainer.watch.is_writer:
         came = {"loss": loss, "metrics": own, "samples": len(samples) if has_length(samples) else None}
