@@ -113,6 +113,21 @@ def test_other_labels_are_other_data(run: Run, make: Callable[..., Run]) -> None
 
 
 @pytest.mark.slow
+def test_a_stream_of_conversations_goes_on_bit_for_bit(make: Callable[..., Run], tmp_path: Path) -> None:
+    import torch
+
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in SHORT))
+    keys = {"source": [{"source": str(source), "weight": 2}, {"source": str(source), "weight": 1}], "streaming": True}
+    run = make(data=keys | {"eval_fraction": 0}, sample=None)
+    assert run.train() == 0, run.log()
+    resumed = continue_from(run, "checkpoint-4", make)
+    assert resumed.trajectory[8] == run.trajectory[8]
+    first, second = run.weights(), resumed.weights()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(run: Run, make: Callable[..., Run]) -> None:
     two = make(micro_batch_size=4, distributed={"processes_per_node": 2, "strategy": "ddp"}, training={"max_steps": 2})
     assert two.train(processes=2) == 0, two.log()
