@@ -58,7 +58,6 @@ def prepare_conversations(
         train.select_columns(columns),
         held_out.select_columns(columns) if held_out else None,
         tuple(notices),
-        is_chat=tokenizer.chat_template is not None,
     )
 
 
@@ -140,5 +139,4 @@ def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, limit: int
         samples(documents.train),
         samples(documents.held_out),
         (*documents.notices, notice),
-        is_chat=tokenizer.chat_template is not None,
     )

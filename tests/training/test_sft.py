@@ -168,3 +168,15 @@ def test_a_source_whose_answers_lie_beyond_the_sequence_length_is_refused(
     run = make(data={"source": str(source)})
     assert run.train() == 2
     assert "has a token to learn within data.sequence_length 128" in run.last_word()["problem"]
+
+
+def test_text_with_completions_is_sampled_as_it_was_learnt(make: Callable[..., Run], run: Run, tmp_path: Path) -> None:
+    """Even by a tokenizer that has a chat template, which such data does not use."""
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(f"{json.dumps({'prompt': f'{n} is', 'completion': ' a number'})}\n" for n in range(40)))
+    base = {"name_or_path": str(run.directory.final), "config": None}
+    other = make(model=base, tokenizer=None, data={"source": str(source)}, sample="7 is", training={"max_steps": 30})
+    assert other.train() == 0, other.log()
+    (sample,) = [event for event in other.events if event["kind"] == "sample"]
+    assert sample["text"].startswith(" a number")
+    assert not other.texts("notice", "text")[0].startswith("conversations are written")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -66,6 +67,7 @@ def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenize
         source=", ".join(plan.recipe.data.source_names),
         workers=plan.value("data_workers"),
     )
+    samples = replace(samples, is_chat=_has_messages(documents))
     return pack_apart(samples, plan.value("sequence_length")) if plan.value("packing") == Packing.BEST_FIT else samples
 
 
