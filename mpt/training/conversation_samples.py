@@ -18,6 +18,7 @@ from mpt.training.conversation_rows import CONVERSATION, PLACE
 from mpt.training.conversations import ConversationWriter, encode
 from mpt.training.data import Documents, Samples
 from mpt.training.encoding import identify
+from mpt.training.repeated_stream import StreamedRows
 from mpt.training.shards import prepare_table
 
 TOKENS = datasets.List(datasets.Value("int32"))
@@ -126,17 +127,15 @@ def _told(train: datasets.Dataset, conversations: int, limit: int) -> list[str]:
 
 
 def _stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, limit: int, train_on: str) -> Samples:
-    def samples(stream: Any) -> Any:
-        if stream is None:
-            return None
-        convert = _encoder(tokenizer, limit, train_on, counts=False)
-        return stream.map(
+    convert = _encoder(tokenizer, limit, train_on, counts=False)
+    held_out = documents.held_out
+    if held_out is not None:
+        held_out = held_out.map(
             convert, batched=True, remove_columns=[CONVERSATION, PLACE], features=datasets.Features(FEATURES)
         )
-
     notice = f"streaming: conversations are cut at {limit} tokens, and left out where nothing to learn remains"
     return Samples(
-        samples(documents.train),
-        samples(documents.held_out),
+        StreamedRows(documents.train, convert),
+        held_out,
         (*documents.notices, notice),
     )

@@ -20,6 +20,7 @@ from mpt.training.cache import digest
 from mpt.training.corpus import read_corpus, stream_corpus
 from mpt.training.encoding import Encoder, TokenRows
 from mpt.training.packing import BestFitBins, PackedBlocks, pack_rows
+from mpt.training.repeated_stream import BATCH_ROWS, StreamedRows
 from mpt.training.row_files import TEXT
 from mpt.training.shards import prepare_table, row_sizes
 
@@ -147,10 +148,10 @@ def prepare_samples(
 def pack_apart(samples: Samples, length: int) -> Samples:
     """Let documents share samples of `length` tokens without seeing one another; of a stream, 1,000 at a time."""
     if not isinstance(samples.train, datasets.Dataset):
-        train, held_out = (
-            stream and stream.map(partial(pack_rows, length=length), batched=True, batch_size=1000)
-            for stream in (samples.train, samples.held_out)
-        )
+        pack = partial(pack_rows, length=length)
+        train, held_out = samples.train.then(pack), samples.held_out
+        if held_out is not None:
+            held_out = held_out.map(pack, batched=True, batch_size=BATCH_ROWS)
         notice = "streaming packs 1,000 documents at a time"
         return replace(samples, train=train, held_out=held_out, notices=(*samples.notices, notice))
     bins = BestFitBins(samples.train, length)
@@ -225,26 +226,25 @@ def _stream_samples(documents: Documents, encode_texts: Encoder, sequence_length
                     f"a row of the stream has {type(text).__name__}, not text", remedy="Give every row a text."
                 )
         rows = encode_texts(batch[TEXT])
-        if packing == Packing.NONE:
-            whole = [row for row in rows if encode_texts.is_enough(row)]
-            return {"input_ids": [encode_texts.cut(row, sequence_length) for row in whole]}
-        if packing == Packing.BEST_FIT:
+        if packing != Packing.NONE:
             return {"input_ids": rows}
-        joined = [token for row in rows for token in row]
+        whole = [row for row in rows if encode_texts.is_enough(row)]
+        return {"input_ids": [encode_texts.cut(row, sequence_length) for row in whole]}
+
+    def blocks(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+        joined = [token for row in batch["input_ids"] for token in row]
         end = len(joined) // sequence_length * sequence_length
         return {"input_ids": [joined[start : start + sequence_length] for start in range(0, end, sequence_length)]}
 
-    def samples(stream: Any) -> Any:
-        return None if stream is None else stream.map(encode, batched=True, batch_size=1000, remove_columns=[TEXT])
-
-    notices = [*documents.notices]
+    held_out = documents.held_out
+    if held_out is not None:
+        held_out = held_out.map(encode, batched=True, batch_size=BATCH_ROWS, remove_columns=[TEXT])
+    train = StreamedRows(documents.train, encode)
     if packing == Packing.BEST_FIT:
-        return pack_apart(
-            Samples(samples(documents.train), samples(documents.held_out), tuple(notices)), sequence_length
-        )
-    if packing == Packing.BLOCKS:
-        notices.append(
-            "streaming packs 1,000 documents at a time and leaves out the last tokens of each thousand, fewer than "
-            f"{sequence_length}"
-        )
-    return Samples(samples(documents.train), samples(documents.held_out), tuple(notices))
+        return pack_apart(Samples(train, held_out, documents.notices), sequence_length)
+    if packing == Packing.NONE:
+        return Samples(train, held_out, documents.notices)
+    if held_out is not None:
+        held_out = held_out.map(blocks, batched=True, batch_size=BATCH_ROWS)
+    notice = f"streaming: the last tokens of each pass, fewer than {sequence_length}, are left out"
+    return Samples(replace(train, length=sequence_length), held_out, (*documents.notices, notice))

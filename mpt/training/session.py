@@ -35,6 +35,7 @@ from mpt.running.run_directory import AttemptDirectory, RunDirectory, write_json
 from mpt.terms import LANGUAGE_TASKS, DeviceKind, Feature, Task
 from mpt.training.adapters import add_adapters, load_adapters
 from mpt.training.audit import Audit
+from mpt.training.cache import digest
 from mpt.training.data import Samples
 from mpt.training.fingerprint import fingerprint
 from mpt.training.health import HealthMonitor, Thresholds
@@ -43,7 +44,7 @@ from mpt.training.packing import lengths_of
 from mpt.training.precision.apply import DTYPES, apply_precision
 from mpt.training.precision.pure_bf16 import PureBf16AdamW
 from mpt.training.progress import heard_by
-from mpt.training.repeated_stream import RepeatedStream
+from mpt.training.repeated_stream import RepeatedStream, Resume
 from mpt.training.replay import Replay
 from mpt.training.saving import full_weights, save_final
 from mpt.training.step_watch import StepWatch
@@ -197,7 +198,9 @@ def _prepare(
     with in_turn("tokenising"):
         samples = task.prepare_data(plan, documents, tokenizer)
     if plan.recipe.data.streaming:
-        samples = replace(samples, train=RepeatedStream(samples.train))
+        known = fingerprint(plan.recipe.data, documents, samples, tokenizer)
+        draws = getattr(task.build_collator(plan, tokenizer), "draws_random_numbers", True)
+        samples = replace(samples, train=_repeated(plan, run, arguments, samples.train, known, draws_numbers=draws))
     if arguments.process_index == 0:
         keep_from_data(run, samples.from_data)
         record(run, journal, fingerprint(plan.recipe.data, documents, samples, tokenizer))
@@ -223,6 +226,33 @@ def tell_padding(plan: Plan, samples: Any, journal: Journal) -> None:
     told = describe(shares, plan.value("packing"), is_grouped=is_grouped, padding_free=padding_free, can_pack=can_pack)
     journal.append("padding", packing=plan.value("packing"), padding_free=padding_free, shares=shares.to_json())
     journal.append("notice", text=told)
+
+
+def _repeated(
+    plan: Plan,
+    run: RunDirectory,
+    arguments: TrainingArguments,
+    stream: Any,
+    known: dict[str, Any],
+    *,
+    draws_numbers: bool,
+) -> RepeatedStream:
+    """Let a stream begin again when it ends, and be gone on with where the run was.
+
+    A collator that draws random numbers has to see every sample that was, or it would draw others afterwards.
+    """
+    if draws_numbers:
+        return RepeatedStream(stream)
+    size, world = arguments.per_device_train_batch_size, arguments.world_size
+    follows_from = (known, plan.recipe.data, data_seed(arguments), size, world, arguments.dataloader_num_workers)
+    bookmarks = run.path / "stream" / f"{digest(follows_from)}-{arguments.process_index}"
+    resume = None
+    if plan.resume_from is not None:
+        batches = int(plan.resume_from.rpartition("-")[2]) * arguments.gradient_accumulation_steps
+        # accelerate lets rank 0 read for all of them, or each rank read everything and keep its share.
+        is_dispatched = arguments.accelerator_config.dispatch_batches is not False
+        resume = Resume(batches * world, size) if is_dispatched else Resume(batches, size * world)
+    return RepeatedStream(stream, bookmarks=bookmarks, resume=resume)
 
 
 @contextmanager

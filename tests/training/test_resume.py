@@ -108,14 +108,21 @@ def test_a_run_killed_after_a_step_goes_on_bit_for_bit(
     import torch
 
     run, resumed = whole(name), Run(RunDirectory(tmp_path), whole(name).recipe)
-    for part in (f"checkpoints/checkpoint-{step}", "tokenizer"):
+    for part in (f"checkpoints/checkpoint-{step}", "tokenizer", "stream"):
         if run.path.joinpath(part).exists():
             shutil.copytree(run.path / part, resumed.path / part)
     assert resumed.train(2, f"checkpoint-{step}", CASES[name].processes) == 0, resumed.log(2)
     assert list(run.trajectory) == list(range(1, 13))
     assert resumed.trajectory == {number: row for number, row in run.trajectory.items() if number > step}
+    # The same bookmarks: what was skipped was not made again.
+    assert bookmarks(resumed) == bookmarks(run)
+    assert bool(bookmarks(run)) == ("stream" in name)
     first, second = weights(run), weights(resumed)
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def bookmarks(run: Run) -> set[str]:
+    return {path.name for path in run.path.glob("stream/*")}
 
 
 def weights(run: Run) -> dict[str, Any]:
