@@ -1,7 +1,7 @@
 """Measure what mpt/planning/attention_support.json holds, with the installed transformers, and write it.
 
 Which attention implementations a model type has is asked of its class. Whether it keeps documents apart is measured on
-a tiny random model of each type of causal language model (`tests/training/apart.py`), each in a process of its own: some
+a tiny random model of each type of causal language model (`tests/training/apart.py`), each in its own process: some
 take a library down with them. With TYPES as arguments those alone are measured, and compared with the file: exit code 1
 where they differ.
 """
