@@ -1,9 +1,9 @@
 """What the model types of transformers do with an attention implementation. Pure.
 
 `attention_support.json` is written by `scripts/attention_support.py`, from transformers 5.23: the lists `without_*` are
-the classes' own `_supports_*`; the lists `apart_*` were measured, with tiny random models whose second document must not
-notice what the first one says. Recurrent and convolutional layers carry one document into the next whatever the mask
-says, so types with such layers stand in no list. The worker measures it again before it trains.
+the classes' own `_supports_*`; the lists `apart_*` were measured, with tiny random models whose second document must
+not notice what the first one says. Recurrent and convolutional layers carry one document into the next whatever the
+mask says, so types with such layers stand in no list. The worker measures it again before it trains.
 """
 
 import json
