@@ -245,7 +245,8 @@ def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
     sample = last_sample(run)
     if sample is not None:
         # A model may generate what would steer the terminal.
-        written = f"{sample['prompt']}{sample['text']}"
+        between = "\n" if sample.get("is_answer") else ""
+        written = f"{sample['prompt']}{between}{sample['text']}"
         text = re.sub(r"\n{3,}", "\n\n", "".join(c for c in written if c.isprintable() or c in "\n\t"))
         _say(f"\n{text}\n")
     named = (("train", summary["train_loss"]), ("evaluation", summary["eval_loss"]))

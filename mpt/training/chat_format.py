@@ -7,6 +7,7 @@ sft before anything is tokenised.
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from mpt.errors import MptError
 from mpt.recipe.chat_template import BUILT_IN, check_syntax, read_template
 from mpt.training.collation import IGNORED
-from mpt.training.conversations import ConversationWriter, encode
+from mpt.training.conversations import DATE, ConversationWriter, encode, on_a_fixed_day
 
 DEFAULT = "chatml"
 WITHOUT_TOKENS = "vicuna"
@@ -89,12 +90,19 @@ def ready_tokenizer(
         tokenizer.chat_template = read_template(choice.template)
         notices.append(f"conversations are written as {choice.template}: {choice.reason}")
     else:
-        for text in own.values() if isinstance(own, dict) else [own]:
+        for text in _texts(own):
             check_syntax(text, f"the chat template of {tokenizer.name_or_path}")
     if choice.added:
         tokenizer.add_tokens(list(choice.added), special_tokens=True)
         notices.append(f"added to the tokenizer, for the model to learn: {' '.join(choice.added)}")
+    if any(on_a_fixed_day(text) != text for text in _texts(tokenizer.chat_template)):
+        notices.append(f"the chat template writes the date: it is {DATE:%d %b %Y} in every conversation")
     return notices + _end_answers(tokenizer)
+
+
+def _texts(template: Any) -> list[str]:
+    """List the templates of a tokenizer that may have several, by their purpose."""
+    return list(template.values()) if isinstance(template, dict) else [template]
 
 
 def _end_answers(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -6,9 +6,11 @@ answers are found by writing the conversation up to each of them, which needs a 
 conversation the same way whatever follows. A token that is learnt in part is learnt.
 """
 
+import ast
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import jinja2
@@ -19,6 +21,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from mpt.errors import MptError
 from mpt.training.collation import IGNORED
 
+DATE = datetime(2024, 7, 26, tzinfo=UTC)
+"""What day it is in every conversation, where a template writes the date: that of Llama 3.1's own template."""
+TODAY = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 Span = tuple[int, int]
@@ -62,7 +67,7 @@ class ConversationWriter:
         return Written(text, ((0 if self.train_on == "all" else len(prompt), len(text)),), adds_special_tokens=True)
 
     def _by_template(self, messages: list[dict[str, Any]], tools: Any, prompt: int, place: str) -> Written:
-        template = self.tokenizer.get_chat_template(tools=tools)
+        template = self._template(tools)
         _check_tools(template, messages, tools, place)
         text, marked = self._render(messages, tools, template)
         if self.train_on == "all":
@@ -79,6 +84,9 @@ class ConversationWriter:
         else:
             spans = {i: self._found(text, messages, tools, i, place) for i in learnt}
         return Written(text, tuple(self._with_its_end(text, span) for span in spans.values()))
+
+    def _template(self, tools: Any) -> str:
+        return on_a_fixed_day(self.tokenizer.get_chat_template(tools=tools))
 
     def _render(self, messages: Sequence[Any], tools: Any, template: str, **keys: Any) -> tuple[str, list[Span]]:
         """Write messages as `apply_chat_template` would; with what `{% generation %}` marks."""
@@ -98,14 +106,14 @@ class ConversationWriter:
         start = self._start(text, messages, tools, answer, place)
         if answer == len(messages) - 1:
             return start, len(text)
-        through, _ = self._render(messages[: answer + 1], tools, self.tokenizer.get_chat_template(tools=tools))
+        through, _ = self._render(messages[: answer + 1], tools, self._template(tools))
         return start, self._checked_prefix(text, through, answer, place)
 
     def _start(self, text: str, messages: list[dict[str, Any]], tools: Any, first: int, place: str) -> int:
         """Find where message `first` begins behind its header, which is what asks for an answer."""
         if first == 0:
             return 0
-        template = self.tokenizer.get_chat_template(tools=tools)
+        template = self._template(tools)
         before, _ = self._render(messages[:first], tools, template)
         shortest = self._checked_prefix(text, before, first, place)
         asked, _ = self._render(messages[:first], tools, template, add_generation_prompt=True)
@@ -161,6 +169,15 @@ def _labelled(written: Written, ids: Sequence[int], offsets: Sequence[Span]) -> 
     # Some tokenizers leave blanks out of a token's offsets, so that one of blanks alone ends where it begins.
     starts = np.where(starts < ends, starts, np.maximum(ends - 1, 0))
     return tokens, np.where(learnt[ends] > learnt[starts], tokens, IGNORED).astype(np.int32)
+
+
+def on_a_fixed_day(template: str) -> str:
+    """Let a template write one date: conversations that change overnight would be other data to a run that goes on.
+
+    >>> on_a_fixed_day('{{ strftime_now("%d %b %Y") }}, {{ strftime_now(\\'%Y\\') }}')
+    "{{ '26 Jul 2024' }}, {{ '2024' }}"
+    """
+    return TODAY.sub(lambda found: repr(DATE.strftime(ast.literal_eval(found[1]))), template)
 
 
 def _check_tools(template: str, messages: Sequence[dict[str, Any]], tools: Any, place: str) -> None:

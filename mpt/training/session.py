@@ -375,7 +375,7 @@ def _sample(plan: Plan, trainer: PlanTrainer, tokenizer: Any, *, is_chat: bool) 
         )
     if trainer.watch.is_writer:
         text = tokenizer.decode(written[0][len(prompt) :], skip_special_tokens=True)
-        trainer.journal.append("sample", prompt=section.prompt, text=text)
+        trainer.journal.append("sample", prompt=section.prompt, text=text, is_answer=is_chat)
 
 
 def _train_loss(run: RunDirectory) -> float | None:

@@ -212,6 +212,16 @@ def test_the_tokenizer_gets_tokens_template_and_the_end_of_an_answer() -> None:
     assert ["asks for it" in told[0], "<|im_start|>" in told[1], "<|im_end|> ends an answer" in told[2]] == [True] * 3
 
 
+def test_a_template_that_writes_the_date_writes_the_same_one_each_day() -> None:
+    dated = "Today is {{ strftime_now('%d %b %Y') }}.\n" + QWEN
+    tokenizer = tokenizer_for(dated)
+    told = ready_tokenizer(tokenizer, None, vocab_size=600, learns_tokens=True)
+    assert told[0] == "the chat template writes the date: it is 26 Jul 2024 in every conversation"
+    written = ConversationWriter(tokenizer, "assistant").write({"messages": TALK, "prompt": 0}, "here:1")
+    assert written.text.startswith("Today is 26 Jul 2024.<|im_start|>system")
+    assert tokenizer.chat_template == dated  # what is saved asks for the day
+
+
 def test_a_template_whose_answers_have_no_end_is_told() -> None:
     tokenizer = tokenizer_for("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}")
     told = ready_tokenizer(tokenizer, None, vocab_size=600, learns_tokens=True)

@@ -48,6 +48,8 @@ def special_tokens(plan: Plan) -> tuple[str, ...]:
 def ready_tokenizer(plan: Plan, documents: Documents | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Give the tokenizer its chat template; say what was changed. Texts that are taken as they stand need none."""
     if documents is not None and not _has_messages(documents) and plan.recipe.data.chat_template is None:
+        if tokenizer.eos_token is None:
+            return ["the tokenizer has no end-of-text token: a completion is learnt without an end"]
         return []
     return chat_format.ready_tokenizer(
         tokenizer,
