@@ -91,6 +91,7 @@ def _train(
     from mpt.cli.plan import make_plan
     from mpt.hardware.packages import installed_packages
     from mpt.measuring.reference import plan_reference
+    from mpt.planning.modules import learn_modules
     from mpt.running.opening import locate
 
     if name is not None:
@@ -98,7 +99,7 @@ def _train(
     plan = make_plan(recipe, overrides, machine, name)
     packages = installed_packages() if machine is None else None
     if dry_run:
-        plan_reference(plan, packages)  # what the run would refuse is refused here
+        plan_reference(plan, packages, learn_modules(plan.recipe))  # what the run would refuse is refused here
         _print_dry_run(plan, as_json)
         return
 
@@ -114,7 +115,7 @@ def _train(
     if plan.recipe.data.chat_template is not None:
         read_template(plan.recipe.data.chat_template)
     _check_packages(plan)
-    reference = plan_reference(plan, packages)
+    reference = plan_reference(plan, packages, learn_modules(plan.recipe))
     verdict = _carry_out(plan, reference, run, resume, accept_changes)
     _report(run, verdict, as_json)
     if verdict is not None:

@@ -1,30 +1,39 @@
 """The plan that a run is compared with: the same recipe in another precision, and everything else as it was planned."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from mpt.errors import MptError
 from mpt.planning.attention import KERNEL
 from mpt.planning.engines import check_trainable
+from mpt.planning.modules import ModuleShape
 from mpt.planning.plan import Plan, resolve
-from mpt.planning.workload import Workload, trainable_parameters
 from mpt.recipe.schema import DistributedSection, OffloadSection, PrecisionSection, Recipe
-from mpt.terms import Attention, Method, Precision, Strategy, Task
+from mpt.terms import Attention, Precision
 
 # Kernels that exist for 16 bits alone.
 HALF_ONLY = tuple(KERNEL)
 
 
-def plan_reference(plan: Plan, packages: frozenset[str] | None) -> Plan | None:
+def plan_reference(
+    plan: Plan, packages: frozenset[str] | None, modules: Sequence[ModuleShape] | None = None
+) -> Plan | None:
     """Resolve the reference of a plan whose recipe asks for a comparison; None where it does not.
 
-    `packages` as in `resolve`. Raises MptError or UnsupportedError for a reference that can't be trained here.
+    `packages` and `modules` as in `resolve`. Raises MptError or UnsupportedError for a reference that can't be trained
+    here.
     """
     section = plan.recipe.compare
     if section is None:
         return None
     try:
         reference = resolve(
-            _recipe(plan, Precision(section.to)), plan.machine, plan.facts, name=plan.name, packages=packages
+            _recipe(plan, Precision(section.to)),
+            plan.machine,
+            plan.facts,
+            name=plan.name,
+            packages=packages,
+            modules=modules,
         )
         check_trainable(reference)
     except MptError as error:
@@ -59,24 +68,6 @@ def _recipe(plan: Plan, precision: Precision) -> Recipe:
 
 
 def trainable_count(plan: Plan) -> int:
-    """Count the parameters that have a gradient, adapters by `mpt.planning.workload`."""
-    return trainable_parameters(
-        Workload(
-            facts=plan.facts,
-            method=Method(plan.value("method")),
-            task=Task(plan.value("task")),
-            strategy=Strategy(plan.value("distributed.strategy")),
-            world_size=plan.value("world_size"),
-            processes_per_node=plan.value("processes_per_node"),
-            on_cpu=plan.machine.is_cpu,
-            weights_dtype=plan.value("weights_dtype"),
-            gradient_dtype=plan.value("gradient_dtype"),
-            grad_accum_dtype=plan.value("grad_accum_dtype"),
-            optimizer_state_dtype=plan.value("optimizer_state_dtype"),
-            autocast_dtype=plan.value("autocast_dtype"),
-            optimizer=plan.value("optimizer"),
-            attention=Attention(plan.value("attention")),
-            sequence_length=plan.value("sequence_length"),
-            lora_rank=0 if plan.recipe.lora is None else plan.recipe.lora.rank,
-        )
-    )
+    """Count the parameters that have a gradient."""
+    adapters = plan.value("adapters")
+    return int(plan.facts.parameters if adapters is None else adapters["trainable_parameters"])

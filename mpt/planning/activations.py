@@ -41,7 +41,9 @@ def block_bytes_per_token(work: Workload) -> float:
     query, key_value = work.query_width, work.key_value_width
     inputs = (3 if facts.gated_mlp or not facts.layer_norm else 1) + (2 if facts.gated_mlp else 1)
     saved: float
-    if work.autocast_dtype is not None and work.residual_is_fp32:
+    if work.method is not Method.FULL:
+        saved = _frozen_block_bytes(work)
+    elif work.autocast_dtype is not None and work.residual_is_fp32:
         saved = 2 * (4 if facts.layer_norm else 8) * hidden + inputs * 2 * hidden
     elif work.computes_in_half:
         saved = 2 * (4 if facts.layer_norm else 8) * hidden
@@ -49,12 +51,31 @@ def block_bytes_per_token(work: Workload) -> float:
         saved = 2 * (8 if facts.layer_norm else 12) * hidden
     if facts.query_key_norm:
         saved += (6 if work.computes_in_half else 8) * (query + key_value)
-    if work.method is not Method.FULL:
-        saved += compute * (inputs * hidden + query + inner)  # each adapter saves its input once more
     if facts.hidden_dropout:
         saved += 2 * hidden * (4 if work.on_cpu else 1)  # masks: bytes on a GPU, numbers on a CPU
     saved += compute * (2 * query + 2 * key_value) + _score_bytes(work)
-    return saved + _feed_forward_tensors(work) * compute * inner
+    feed_forward = _feed_forward_tensors(work)
+    if work.method is not Method.FULL and work.autocast_dtype is not None:
+        feed_forward -= 1  # what the last layer reads: its adapter's 16-bit copy is counted
+    if work.method is Method.QLORA and work.residual_is_fp32:
+        compute = 4  # a 4-bit layer hands on the format that it was given
+    return saved + feed_forward * compute * inner
+
+
+def _frozen_block_bytes(work: Workload) -> float:
+    """What norms and linear layers save whose weights are frozen: no input for a weight's gradient.
+
+    A norm saves its input in fp32. An adapter saves its own input: without autocast it is the norm's output, one tensor
+    for all that read it; under autocast peft casts it to the adapter's fp32 and autocast back, a 16-bit copy for each.
+    DoRA saves the two results that its sizes multiply (peft 0.21, tuners/lora/layer.py and dora.py).
+    """
+    compute, hidden = 2 if work.computes_in_half else 4, work.facts.hidden_size
+    saved = 2 * (compute if work.facts.layer_norm else 4) * hidden
+    if work.autocast_dtype is not None:
+        saved += compute * work.adapter_inputs / work.facts.layers
+    else:
+        saved += 2 * compute * hidden
+    return saved + (2 * compute * work.adapter_outputs / work.facts.layers if work.has_dora else 0)
 
 
 def _feed_forward_tensors(work: Workload) -> float:
@@ -81,7 +102,15 @@ def passing_bytes(work: Workload) -> float:
     compute = 2 if work.computes_in_half else 4
     of_feed_forward = (3 if work.facts.gated_mlp else 2) * compute * work.facts.intermediate_size
     scores = 8 * work.facts.attention_heads * work.sequence_length if _score_bytes(work) else 0
-    return work.tokens * max(of_feed_forward, scores)
+    return work.tokens * max(of_feed_forward, scores) + _dora_bytes(work)
+
+
+def _dora_bytes(work: Workload) -> float:
+    """What DoRA makes of a layer's weight to know its norm: an identity, the update, and their sum with the weight."""
+    if not work.has_dora:
+        return 0.0
+    into, out = work.facts.intermediate_size, work.facts.hidden_size
+    return 4 * (into * into + 3 * into * out)
 
 
 def logits_bytes(work: Workload) -> float:

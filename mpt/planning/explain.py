@@ -35,6 +35,8 @@ def explain_short(plan: Plan) -> list[tuple[str, str]]:
     if value("packing") != Packing.BLOCKS:
         padding = ", and no padding" if value("padding_free") else ""
         lines.insert(-2, ("packing", f"{value('packing')}: {plan.values['packing'].reason}{padding}"))
+    if value("adapters") is not None:
+        lines.insert(4, ("adapters", plan.values["adapters"].reason))
     if value("layers") is not None:
         lines.insert(3, ("layers", _layers_sentence(plan)))
     return lines

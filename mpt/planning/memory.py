@@ -140,9 +140,10 @@ def weights_bytes(work: Workload) -> float:
     elif work.method is Method.LORA:
         stored = work.facts.parameters * BYTES[work.weights_dtype] + trainable_parameters(work) * 4
     else:
-        # peft's prepare_model_for_kbit_training casts everything that is not quantised to fp32.
-        rest = work.facts.parameters - work.facts.linear_parameters + trainable_parameters(work)
-        stored = work.facts.linear_parameters * BYTES[work.weights_dtype] + rest * 4
+        # peft's prepare_model_for_kbit_training casts everything that is not quantised to fp32; a 16-bit engine of
+        # DeepSpeed casts it as it casts the adapters.
+        rest = work.facts.parameters - work.quantized_parameters + trainable_parameters(work)
+        stored = work.quantized_parameters * BYTES[work.weights_dtype] + rest * BYTES[work.gradient_dtype]
     if work.offload_parameters is not OffloadDevice.NONE:
         return 0.0
     return stored / _shards(work, 3)

@@ -6,16 +6,17 @@ builds the model without memory (on the meta device) and may fetch a configurati
 
 import json
 import os
-import struct
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from mpt.errors import MptError
+from mpt.planning.adapter_file import read_adapter
 from mpt.planning.facts_child import FactsAsker, Json, RunChild, default_cache, run_facts_child
 from mpt.planning.model_shapes import shape_of
+from mpt.planning.safetensors_header import read_header
 from mpt.recipe.schema import Recipe, TokenizerSection
 from mpt.terms import Task
 
@@ -34,7 +35,6 @@ OVERFLOWING: dict[str, str] = {
     "qwen3": "vllm-project/vllm#33972",
 }
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,8 @@ class ModelFacts:
     `max_positions`: the longest sequence that the configuration is made for; None: no limit.
     `largest_layer_parameters`: the biggest block or embedding table, what ZeRO-3 gathers at once. `linear_parameters`:
     those of the blocks' linear layers, what QLoRA quantises. `checkpoint_dtype`: "fp32", "bf16", "fp16"; None from
-    scratch or unknown. `source` says where it was learnt.
+    scratch or unknown. `source` says where it was learnt. `adapter` is the one that training goes on from, as
+    `mpt.planning.adapter_file.read_adapter` reads it.
     """
 
     model_type: str
@@ -71,6 +72,7 @@ class ModelFacts:
     checkpoint_dtype: str | None
     overflows_in_fp16: bool
     source: str
+    adapter: Json | None = None
 
     def to_json(self) -> Json:
         """Give the facts as JSON values."""
@@ -79,7 +81,10 @@ class ModelFacts:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "ModelFacts":
         """Read what `to_json` wrote; keys of later versions are ignored, a missing one raises KeyError."""
-        return cls(**{entry.name: data[entry.name] for entry in fields(cls)})
+        return cls(
+            **{entry.name: data[entry.name] for entry in fields(cls) if entry.name != "adapter"},
+            adapter=data.get("adapter"),
+        )
 
 
 def facts_from_config(
@@ -126,8 +131,14 @@ def learn_model_facts(
     """Learn what a recipe's model is.
 
     `cache` holds what a child process found, ~/.cache/mpt/facts if None; `run_child` asks that process. Raises MptError
-    for a model that is not there, can't be read, or could not be learnt.
+    for a model or an adapter that is not there, can't be read, or could not be learnt.
     """
+    facts = _learn(recipe, cache, run_child, environ)
+    path = None if recipe.lora is None else recipe.lora.adapter
+    return facts if path is None else replace(facts, adapter=read_adapter(path, recipe.model.name_or_path or ""))
+
+
+def _learn(recipe: Recipe, cache: Path | None, run_child: RunChild | None, environ: Mapping[str, str]) -> ModelFacts:
     model, task = recipe.model, recipe.task
     asker = FactsAsker(cache or default_cache(environ), run_child or run_facts_child)
     request = model_request(recipe)
@@ -246,22 +257,12 @@ def find_snapshot(name: str, revision: str | None, environ: Mapping[str, str]) -
 
 
 def stored_dtype(directory: Path) -> str | None:
-    """Read from a safetensors header which dtype holds most of the weights; None where there is no such file.
-
-    The header is JSON after its length in 8 bytes, little-endian (huggingface/safetensors, README, "Format").
-    """
+    """Read from a safetensors header which dtype holds most of the weights; None where there is no such file."""
     for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with path.open("rb") as file:
-                length = struct.unpack("<Q", file.read(8))[0]
-                header = json.loads(file.read(min(length, LARGEST_HEADER)))
-        except (OSError, ValueError, struct.error):
-            continue
         sizes: dict[str, int] = {}
-        for key, tensor in header.items():
-            if key != "__metadata__":
-                begin, end = tensor["data_offsets"]
-                sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
+        for tensor in (read_header(path) or {}).values():
+            begin, end = tensor["data_offsets"]
+            sizes[tensor["dtype"]] = sizes.get(tensor["dtype"], 0) + end - begin
         if sizes:
             return DTYPES.get(max(sizes, key=lambda dtype: sizes[dtype]))
     return None

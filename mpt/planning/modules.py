@@ -101,5 +101,10 @@ def near_patterns(pattern: str, names: Sequence[str]) -> list[str]:
     return []
 
 
+def ends_of(modules: Sequence[ModuleShape]) -> str:
+    """List the last parts of modules' names, each once."""
+    return ", ".join(sorted({module.name.rpartition(".")[2] for module in modules}))
+
+
 def _means_any(pattern: str, names: Sequence[str]) -> bool:
     return any(matches(name, pattern) for name in names)

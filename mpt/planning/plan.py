@@ -10,6 +10,7 @@ from typing import Any
 from mpt.errors import MptError, StorageError
 from mpt.hardware.machine import Machine
 from mpt.hardware.machine_json import machine_from_json, machine_to_json
+from mpt.planning.adapters import choose_adapters
 from mpt.planning.attention import choose_attention
 from mpt.planning.background_saving import choose_background_saving
 from mpt.planning.data_workers import choose_data_workers
@@ -123,7 +124,8 @@ def resolve(
 ) -> Plan:
     """Decide everything.
 
-    `modules` are the model's by name, for a recipe that speaks of layers (`mpt.planning.modules.learn_modules`).
+    `modules` are the model's by name, for a recipe that speaks of layers (`mpt.planning.modules.learn_modules`);
+    without them adapters that are asked for by name are only estimated.
     `packages` are the installed top-level packages that a choice depends on; None where nobody knows (a named machine).
     Raises MptError for wishes that contradict each other, UnsupportedError for those that the machine can't fulfil. A
     plan that does not fit the memory is made all the same; `plan.memory.fits` says so.
@@ -140,6 +142,7 @@ def resolve(
     check_tied(layers.value, precision.value, modules)
     islands = island_dtypes(layers.value, precision.value)
     has_islands = bool(islands)
+    adapters = choose_adapters(recipe, facts, modules)
     quantization = choose_quantization(recipe, precision.value, machine, facts, modules, packages, islands)
     attention = choose_attention(
         None if recipe.attention == "auto" else Attention(recipe.attention),
@@ -152,7 +155,9 @@ def resolve(
     packing = choose_packing(recipe, facts.model_type, attention.value)
     padding_free = choose_padding_free(recipe.task, packing.value, attention.value, facts.model_type)
     sequence_length = _sequence_length(recipe, facts)
-    layout = choose_layout(recipe, machine, facts, precision.value, attention.value, sequence_length.value, has_islands)
+    layout = choose_layout(
+        recipe, machine, facts, precision.value, attention.value, sequence_length.value, has_islands, modules
+    )
     compile_ = choose_compile(recipe, fp8.value, layout.strategy.value)
     check_recomputed(fp8.value, gradient_checkpointing=layout.gradient_checkpointing.value)
     method = _method(recipe)
@@ -179,6 +184,7 @@ def resolve(
         "metrics": choose_metrics(recipe, packages),
         "method": method,
         "quantization": quantization,
+        "adapters": adapters,
         "device": Decision(machine.kind.value, Origin.DERIVED, machine.label),
         "precision": precision,
         **formats,

@@ -11,9 +11,9 @@ from mpt.hardware.machine import Machine
 from mpt.planning.decision import Decision, Origin
 from mpt.planning.linear_shapes import block_linears
 from mpt.planning.model_facts import ModelFacts
-from mpt.planning.modules import MATMULS, ModuleShape, is_named, near_patterns
+from mpt.planning.modules import MATMULS, ModuleShape, ends_of, is_named, near_patterns
 from mpt.planning.number_formats import SIXTEEN_BIT
-from mpt.recipe.schema import Recipe
+from mpt.recipe.schema import QuantizationSection, Recipe
 from mpt.terms import Feature, Precision, Task
 
 INSTALL = "pip install 'bitsandbytes>=0.50.2'"
@@ -59,13 +59,10 @@ def choose_quantization(
     return Decision(value, Origin.ASKED, reason)
 
 
-def quantized_parameters(
-    facts: ModelFacts, quantization: Mapping[str, Any], modules: Sequence[ModuleShape] | None
-) -> int:
+def quantized_parameters(facts: ModelFacts, section: QuantizationSection, modules: Sequence[ModuleShape] | None) -> int:
     """Count the weights that are quantised: those of the blocks' linear layers, less what is skipped."""
-    skipped = set(quantization["skipped"] or ())
-    known = [module for module in modules or () if module.name in skipped and not module.is_head]
-    return facts.linear_parameters - sum(module.in_features * module.out_features for module in known)
+    left = [m for m in modules or () if m.kind in MATMULS and any(is_named(m.name, s) for s in section.skip_modules)]
+    return facts.linear_parameters - sum(module.in_features * module.out_features for module in left)
 
 
 def _skipped(asked: Sequence[str], modules: Sequence[ModuleShape] | None) -> list[str] | None:
@@ -81,11 +78,6 @@ def _skipped(asked: Sequence[str], modules: Sequence[ModuleShape] | None) -> lis
                 remedy=f"Did you mean {' or '.join(near)}?" if near else f"Its layers are {ends_of(linear)}.",
             )
     return [m.name for m in linear if m.is_head or m.tied_to or any(is_named(m.name, name) for name in asked)]
-
-
-def ends_of(modules: Sequence[ModuleShape]) -> str:
-    """List the last parts of modules' names, each once."""
-    return ", ".join(sorted({module.name.rpartition(".")[2] for module in modules}))
 
 
 def _check_islands(islands: Mapping[str, str], skipped: Sequence[str], modules: Sequence[ModuleShape] | None) -> None:

@@ -14,7 +14,7 @@ from mpt.planning.script_parts.assembly import Piece, code, embed, join, needed_
 from mpt.planning.script_parts.constants import constants
 from mpt.planning.script_parts.functions import build_arguments, main, read_documents
 from mpt.planning.script_parts.header import header, installed
-from mpt.terms import Method, Packing, Strategy, Task
+from mpt.terms import Packing, Strategy, Task
 
 LONGEST_LINE = 120
 
@@ -43,8 +43,11 @@ def _refuse(plan: Plan) -> None:
     wishes = []
     if plan.value("task") != Task.CAUSAL_LM:
         wishes.append(f"task: {plan.value('task')}")
-    if plan.value("method") == Method.QLORA:
-        wishes.append("quantization")
+    if plan.recipe.lora is not None and plan.deepspeed is not None:
+        if plan.recipe.lora.merge:
+            wishes.append("lora.merge under DeepSpeed")
+        if plan.recipe.lora.changes_base:
+            wishes.append(f"lora.init {plan.recipe.lora.init} under DeepSpeed")
     if plan.value("distributed.strategy") == Strategy.FSDP2:
         wishes.append("distributed.strategy: fsdp2")
     if (plan.value("fp8") or {}).get("backend") == "transformer_engine":
@@ -90,21 +93,23 @@ def _data(plan: Plan) -> list[Piece]:
 def _model(plan: Plan) -> list[Piece]:
     """From the seed or checkpoint to the model that is trained."""
     divided = plan.value("distributed.strategy") == Strategy.ZERO3
-    if plan.recipe.model.config is None:
+    if plan.value("quantization") is not None:
+        names = ["model_quantized"]
+    elif plan.recipe.model.config is None:
         names = ["model_from_checkpoint"]
     else:
         names = ["model_from_config_zero3" if divided else "model_from_config"]
     names += ["cast_weights"] * needs.casts_weights(plan)
     names += ["accumulate_in_fp32"] * needs.accumulates_in_fp32(plan)
     names += ["convert_to_float8"] * bool(needs.float8_modules(plan))
-    names += ["add_adapters"] * (plan.recipe.lora is not None)
+    names += needs.adapters(plan)
     return [part(name) for name in names + ["pure_bf16_optimizer"] * needs.has_own_optimizer(plan)]
 
 
 def _ends(plan: Plan) -> list[Piece]:
     """What comes before training begins, and what after it."""
     names = ["check_launcher"] * needs.needs_launcher(plan) + ["join_deepspeed"] * (plan.deepspeed is not None)
-    names.append("plain_save" if plan.deepspeed is None else "deepspeed_save")
+    names.append(needs.save(plan))
     return [part(name) for name in names + ["sample"] * (plan.recipe.sample is not None)]
 
 

@@ -14,12 +14,13 @@ An option that fits only so small a micro batch that a pass holds fewer than 204
 one of 1 to 4 has room: small passes leave the matrix units idle. Offload is tried only where nothing else fits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mpt.errors import MptError
 from mpt.hardware.machine import Machine
+from mpt.planning.adapters import check_strategy, trained_sizes
 from mpt.planning.batching import AskedBatch, Batch, accumulation_for, choose_batch, possible_micro_batches
 from mpt.planning.contradictions import (
     asked_offload,
@@ -32,6 +33,7 @@ from mpt.planning.contradictions import (
 from mpt.planning.decision import Decision, Origin, Rejected
 from mpt.planning.memory import MemoryEstimate, estimate_memory
 from mpt.planning.model_facts import ModelFacts
+from mpt.planning.modules import ModuleShape
 from mpt.planning.number_formats import TORCH_ADAMW, choose_number_formats
 from mpt.planning.workload import Workload, with_micro_batch
 from mpt.recipe.schema import OffloadSection, Recipe
@@ -117,8 +119,10 @@ def choose_layout(
     attention: Attention,
     sequence_length: int,
     has_islands: bool = False,
+    modules: Sequence[ModuleShape] | None = None,
 ) -> Layout:
-    """Choose the layout; `memory.fits` is False where nothing that the recipe leaves open fits.
+    """Choose the layout; `memory.fits` is False where nothing that the recipe leaves open fits. `modules` are those of
+    `mpt.planning.plan.resolve`.
 
     Raises MptError for wishes that contradict each other, UnsupportedError for those that the machine can't fulfil.
     """
@@ -129,6 +133,7 @@ def choose_layout(
     )
     possible = possible_micro_batches(asked, world.value)
     enough = min(possible[0], -(-TOKENS_ENOUGH // sequence_length))
+    trained = trained_sizes(recipe, facts, modules)
     trials: list[Trial] = []
     taken: Trial | None = None
     impossible: dict[str, MptError] = {}
@@ -137,7 +142,16 @@ def choose_layout(
             break
         try:
             work = _workload(
-                option, recipe, machine, facts, precision, attention, sequence_length, per_node.value, has_islands
+                option,
+                recipe,
+                machine,
+                facts,
+                precision,
+                attention,
+                sequence_length,
+                per_node.value,
+                has_islands,
+                trained,
             )
         except MptError as error:
             if option.strategy is Strategy.SINGLE:
@@ -251,8 +265,10 @@ def _workload(
     sequence_length: int,
     processes_per_node: int,
     has_islands: bool,
+    trained: Mapping[str, Any],
 ) -> Workload:
     method = method_of(recipe)
+    check_strategy(recipe, facts, option.strategy, precision)
     formats = formats_for(recipe, precision, option.strategy, facts.checkpoint_dtype, has_islands=has_islands)
     stays = machine.is_cpu  # "offloaded" to the memory where it already is
     return Workload(
@@ -276,7 +292,7 @@ def _workload(
         offload_parameters=OffloadDevice.NONE if stays else option.offload.parameters,
         master_weights_dtype=formats["master_weights_dtype"].value,
         keeps_compensation=formats["rounding"].value == "kahan",
-        lora_rank=0 if recipe.lora is None else recipe.lora.rank,
+        **trained,
     )
 
 

@@ -43,7 +43,11 @@ class Workload:
     gradient_checkpointing: bool = False
     offload_optimizer: OffloadDevice = OffloadDevice.NONE
     offload_parameters: OffloadDevice = OffloadDevice.NONE
-    lora_rank: int = 0
+    adapter_parameters: int = 0  # all that is trained beside the frozen model, modules trained whole included
+    adapter_inputs: int = 0  # widths of the inputs of all layers with an adapter, summed
+    adapter_outputs: int = 0
+    has_dora: bool = False
+    quantized_parameters: int = 0
     master_weights_dtype: str = "fp32"
     keeps_compensation: bool = False  # Kahan summation: a second 16-bit number a weight
 
@@ -71,16 +75,8 @@ class Workload:
 
 
 def trainable_parameters(work: Workload) -> int:
-    """Parameters with a gradient: all of them, or rank x (in + out) for each linear layer of the blocks (Hu et al.
-    2021).
-    """
-    if work.method is Method.FULL:
-        return work.facts.parameters
-    facts = work.facts
-    query, hidden = work.query_width, facts.hidden_size
-    shapes = [(hidden, query), (query, hidden)] + 2 * [(hidden, work.key_value_width)]
-    shapes += (3 if facts.gated_mlp else 2) * [(hidden, facts.intermediate_size)]
-    return facts.layers * work.lora_rank * sum(into + out for into, out in shapes)
+    """Parameters with a gradient: all of them, or the adapters' (`mpt.planning.adapters`)."""
+    return work.facts.parameters if work.method is Method.FULL else work.adapter_parameters
 
 
 def with_micro_batch(work: Workload, micro_batch_size: int, accumulates: bool) -> Workload:

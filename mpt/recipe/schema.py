@@ -115,6 +115,8 @@ class Recipe(Section):
     def needs_modules(self) -> bool:
         """Whether the model's modules must be known by name to plan."""
         names_some = self.quantization is not None and bool(self.quantization.skip_modules)
+        if self.lora is not None:
+            names_some |= self.lora.names_modules or self.task is Task.SEQUENCE_CLASSIFICATION
         return self.precision.needs_modules or names_some
 
     @property
@@ -156,4 +158,23 @@ class Recipe(Section):
             raise ValueError("lora adapts a trained model, and model.config starts from noise; write name_or_path")
         if self.quantization is not None and self.model.config is not None:
             raise ValueError("quantization is for a checkpoint, not a model from scratch; write model.name_or_path")
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_weights_stay(self) -> Self:
+        """Refuse what would change weights of 4 or 8 bits."""
+        if self.quantization is None or self.lora is None:
+            return self
+        if self.lora.merge:
+            raise ValueError("lora.merge would round the merged weights to 4 or 8 bits; remove it or quantization")
+        if self.lora.changes_base:
+            raise ValueError(
+                f"lora.init {self.lora.init} takes a part out of the weights, which are quantised; leave it out"
+            )
+        if self.lora.dora and self.quantization.bits == 8:
+            raise ValueError(
+                "lora.dora needs the norms of the weights, which peft does not get from 8 bits; set bits: 4"
+            )
+        if self.lora.bias != "none":
+            raise ValueError("lora.bias trains biases that bitsandbytes casts to 16 bits; leave it out")
         return self

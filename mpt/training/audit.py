@@ -21,7 +21,8 @@ from mpt.running.journal import Journal
 from mpt.running.run_directory import write_atomically
 from mpt.terms import DeviceKind, Method, Packing, Task
 from mpt.training import findings
-from mpt.training.adapters import count_adapters
+from mpt.training.adapters import adapted_layers, trained_count
+from mpt.training.dead_adapters import dead_adapters, dead_error
 from mpt.training.documents_apart import check_documents_apart
 from mpt.training.precision.apply import planned_float8, planned_islands
 from mpt.training.precision.watching import AttentionWatch, GradientWatch, IslandWatch, MatmulWatch, SumWatch
@@ -139,8 +140,8 @@ class Audit:
                 self._compare("reduce_dtype", plan.value("reduce_dtype"), findings.name(sent))
         if trainer.is_deepspeed_enabled:
             self._backward_of_deepspeed(trainer)
-        if plan.value("method") != Method.FULL and not trainer.is_deepspeed_enabled:
-            self._compare("adapters with a gradient", True, any(bool(grad.count_nonzero()) for grad in gradients))
+        if self._has_adapters():
+            self._dead_adapters(trainer)
         self._judge()
 
     @_timed
@@ -187,18 +188,38 @@ class Audit:
             self._quantized(trainer, {id(weight) for weight in own})
         if in_islands:
             self._compare("weights of fp32 islands", ["fp32"], findings.dtypes(list(in_islands.values())))
-        trainable = [w for w in trainer.model.parameters() if w.requires_grad]
         if self._has_adapters():
             self._compare("adapter_dtype", [plan.value("adapter_dtype")], findings.dtypes(adapters))
-            self._compare("has adapters", True, count_adapters(trainer.model) > 0)
+            self._adapters(trainer)
         else:
-            count = sum(getattr(weight, "ds_numel", weight.numel()) for weight in trainable)
+            count = trained_count(trainer.model)
             self._compare("trainable parameters", plan.facts.parameters, self._as_planned(trainer, count))
         converted = sorted(findings.plain_fp8(trainer))
         self._compare("fp8 modules", len(planned_float8(plan)), len(converted))
         if converted != sorted(planned_float8(plan)):
             self._compare("names of the fp8 modules", sorted(planned_float8(plan)), converted)
         self._compare("rotary frequencies", ["fp32"], findings.rotary_dtypes(trainer.model) or ["fp32"])
+
+    def _adapters(self, trainer: "PlanTrainer") -> None:
+        """How many layers have an adapter, and how much is trained; told, not compared, where no plan could know it."""
+        planned, layers = self.plan.value("adapters"), len(adapted_layers(trainer.model))
+        count = trained_count(trainer.model)
+        self._compare("layers with an adapter", planned["layers"] if planned["layers"] is not None else layers, layers)
+        self._compare("trainable parameters", planned["trainable_parameters"] if planned["is_exact"] else count, count)
+        if self.is_writer and not planned["is_exact"]:
+            share = count / (self.plan.facts.parameters + count)
+            text = f"{layers} layers have an adapter: {count:,} parameters are trained, {share:.2%} of the model"
+            self.journal.append("notice", text=text)
+
+    def _dead_adapters(self, trainer: "PlanTrainer") -> None:
+        """End before the first update where an adapter gets no gradient: it would never move, and no number show it."""
+        dead, cause = dead_adapters(trainer)
+        self.checks.append({"what": "adapters without a gradient", "planned": [], "found": dead, "passed": not dead})
+        if not dead:
+            return
+        if self.is_writer:
+            self._write(passed=False)
+        raise dead_error(dead, len(adapted_layers(trainer.model)), cause)
 
     def _quantized(self, trainer: "PlanTrainer", own: set[int]) -> None:
         """Quantised layers: how many, and how; and that what is left of the frozen model is fp32."""

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from mpt.planning.peft_keywords import to_bitsandbytes_config
 from mpt.planning.plan import Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "uint8": torch.uint8}
@@ -15,20 +16,7 @@ QUANTIZED = ("Linear4bit", "Linear8bitLt")
 def quantization_config(plan: Plan) -> BitsAndBytesConfig | None:
     """Give what `from_pretrained` quantises by; None where the plan quantises nothing."""
     planned = plan.value("quantization")
-    if planned is None:
-        return None
-    if planned["bits"] == 8:
-        return BitsAndBytesConfig(
-            load_in_8bit=True, llm_int8_threshold=planned["threshold"], llm_int8_skip_modules=planned["skipped"]
-        )
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=planned["type"],
-        bnb_4bit_use_double_quant=planned["double_quantization"],
-        bnb_4bit_compute_dtype=DTYPES[planned["compute_dtype"]],
-        bnb_4bit_quant_storage=DTYPES[planned["storage_dtype"]],
-        llm_int8_skip_modules=planned["skipped"],
-    )
+    return None if planned is None else BitsAndBytesConfig(**to_bitsandbytes_config(planned))
 
 
 def prepare_quantized(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:

@@ -7,7 +7,7 @@ writes into a staging folder, and `mpt.running.checkpoints` commits.
 import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,17 +70,18 @@ def clear_staging(checkpoints: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def save_final(folder: Path, model: Any, tokenizer: Any, state_dict: dict[str, torch.Tensor] | None) -> None:
+def save_final(
+    folder: Path, write: Callable[[Path], None], tokenizer: Any, state_dict: dict[str, torch.Tensor] | None
+) -> None:
     """Write model and tokenizer so that `from_pretrained` loads them; the folder appears, or is replaced, as a whole.
 
-    `state_dict` None: the model's own weights.
+    `write` writes the model. `state_dict` is what an engine gave to write, None where it is the model's own.
     """
     staging, old = folder.with_name("final.staging"), folder.with_name(".trash-final")
     for leftover in (staging, old):
         shutil.rmtree(leftover, ignore_errors=True)
     with storage_errors(folder):
-        # save_pretrained empties the dictionary that it is given.
-        model.save_pretrained(str(staging), state_dict=None if state_dict is None else dict(state_dict))
+        write(staging)
         tokenizer.save_pretrained(str(staging))
         if state_dict is not None and (staging / "config.json").exists():  # adapters have none
             _name_dtype(staging, state_dict)

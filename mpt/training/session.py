@@ -33,7 +33,7 @@ from mpt.running.measured import asked_measure, evaluation_file
 from mpt.running.metrics import read_rows
 from mpt.running.run_directory import AttemptDirectory, RunDirectory, write_json
 from mpt.terms import LANGUAGE_TASKS, DeviceKind, Feature, Task
-from mpt.training.adapters import add_adapters, load_adapters
+from mpt.training.adapters import add_adapters, load_adapters, save_trained
 from mpt.training.audit import Audit
 from mpt.training.cache import digest
 from mpt.training.data import Samples
@@ -333,7 +333,8 @@ def _finish(
     state_dict = full_weights(trainer.model, keep=trainer.watch.is_writer) if trainer.is_deepspeed_enabled else None
     if trainer.watch.is_writer:
         trained = trainer.accelerator.unwrap_model(trainer.model)
-        save_final(run.final, trained, tokenizer, state_dict)
+        write = partial(save_trained, trained, plan=plan, state_dict=state_dict)
+        save_final(run.final, write, tokenizer, state_dict)
     barrier()
     if plan.recipe.sample is not None:
         phase("sampling")
@@ -362,7 +363,7 @@ def _sample(plan: Plan, trainer: PlanTrainer, tokenizer: Any, *, is_chat: bool) 
         room = min(room, plan.facts.max_positions - len(prompt))
     tokens = torch.tensor([prompt], device=trainer.args.device)
     torch.manual_seed(trainer.args.seed)
-    with torch.no_grad():
+    with torch.no_grad(), trainer.accelerator.autocast():  # modules trained whole are fp32 in a 16-bit model
         written = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),

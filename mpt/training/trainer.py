@@ -27,6 +27,7 @@ from mpt.training.audit import Audit
 from mpt.training.background import trained_state
 from mpt.training.checkpointing import Saver
 from mpt.training.data_order import SAMPLE_IDS, SAMPLE_TOKENS, DataOrder, Placed, PlacedCollator, keep_order
+from mpt.training.dead_adapters import unreached_adapters
 from mpt.training.finite import bad_gradients, bad_weights
 from mpt.training.gradient_capture import Measurement
 from mpt.training.health import Action, Code, Verdict
@@ -230,7 +231,8 @@ class PlanTrainer(Trainer):
         if self.replay is None and sample_tokens is not None:
             self.audit.note_batch(len(sample_tokens))
         self.evidence.add_batch(inputs, num_items_in_batch)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with unreached_adapters(self):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.is_deepspeed_enabled:  # there the engine has noted it before its own step
             self.watch.add_loss(loss)
         return loss

@@ -108,6 +108,22 @@ RUNS: dict[str, dict[str, Any]] = {
         "data": {"source": "files"},
         "training": STEPS,
     },
+    "quantized_dora": {
+        "model": {"name_or_path": "base", "config": None},
+        "tokenizer": None,
+        "precision": "bf16",
+        "lora": {"rank": 4, "dora": True, "target_modules": ["mlp", "q_proj"], "modules_to_save": ["lm_head"]},
+        "quantization": {"skip_modules": ["down_proj"]},
+        "data": {"source": "files"},
+        "training": STEPS | {"eval_strategy": "steps", "eval_steps": 2},
+    },
+    "pissa": {
+        "model": {"name_or_path": "base", "config": None},
+        "tokenizer": None,
+        "lora": {"rank": 4, "init": "pissa", "rank_pattern": {"down_proj": 8}},
+        "data": {"source": "files"},
+        "training": STEPS,
+    },
     "islands": {
         "precision": {"mode": "bf16", "layers": {"lm_head": "fp32", "*norm*": "fp32"}},
         "data": {"source": "files"},
@@ -294,6 +310,9 @@ PLANS: dict[str, Callable[[], Plan]] = {
         precision={"mode": "bf16", "layers": {"*.mlp.*": "fp8", "lm_head": "fp32"}, "allow_emulation": True}
     ),
     "adapters": lambda: plan_of("A100-80GB", **CHECKPOINT, lora={"rank": 4, "target_modules": ["q_proj", "v_proj"]}),
+    "adapters, merged": lambda: plan_of("A100-80GB", **CHECKPOINT, lora={"rank": 4, "merge": True, "rslora": True}),
+    "qlora": lambda: plan_of("RTX 4090", **CHECKPOINT, lora={"rank": 4}, quantization={"type": "fp4"}),
+    "8 bits": lambda: plan_of("T4", **CHECKPOINT, lora={"init": "gaussian"}, quantization={"bits": 8}),
     "hub data": lambda: plan_of(data={"source": "hub:an/owner", "config": "x", "eval_split": "validation"}),
     "streamed hub data": lambda: plan_of(data={"source": "hub:an/owner", "streaming": True}, training=STEPS),
     "what a recipe may say": lambda: plan_of(description=HOSTILE + PATH, data={"source": PATH}, sample=HOSTILE),

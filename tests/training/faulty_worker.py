@@ -13,6 +13,7 @@
   `{"dies_in_background": 8}`: the process is killed when all of step 8 is written and nothing committed;
 - `{"no_memory_above": 2}`: a micro batch of more samples does not fit; `{"loader_sleeps_at": 3}`: the data of step 3 do
   not come; `{"evaluation_takes": SECONDS}`: an evaluation says nothing for so long;
+- `{"detached": "layers.1.mlp"}`: nothing flows back through the modules whose names end so;
 - `{"loss_raised": {"by": 5.0, "at": [[20, 25]]}}`: it is so much higher from step to step, with the same gradients;
 - `{"raises_at": 3, "naming": ["HF_TOKEN"]}`: step 3 raises, and says what these environment variables hold, as
   libraries do with the request that failed; `{"finds_libraries": true}`: it imports from the folder `$LIBRARIES` too.
@@ -56,6 +57,11 @@ def install_one(fault: dict[str, Any]) -> None:
         return int(trainer.state.global_step) + 1
 
     def faulty_loss(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if "detached" in fault and not struck[0]:
+            struck[0] = 1
+            for name, module in self.model.named_modules():
+                if name.endswith(fault["detached"]):
+                    module.register_forward_hook(lambda module, inputs, output: output.detach())
         loss = compute_loss(self, *arguments, **keywords)
         if not self.model.training:
             return loss

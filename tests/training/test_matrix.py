@@ -119,7 +119,7 @@ def expected(precision: str, engine: str, method: str) -> dict[str, Any]:
         wide = precision == "islands" and is_zero
         truth["weights_dtype"] = ["fp32"] if wide or half is None else [half]
         truth["adapter_dtype"] = [half] if casts and engine != "zero3" else ["fp32"]
-        truth["has adapters"] = True
+        truth["layers with an adapter"] = 14
         truth |= {"gradient_dtype": truth["adapter_dtype"]} if is_zero else {}
     return truth
 

@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpt.hardware.specs import parse_machine
+from mpt.planning.adapters import trained_sizes
 from mpt.planning.memory import estimate_memory
 from mpt.planning.model_facts import facts_from_config
 from mpt.planning.workload import Workload
+from mpt.recipe.schema import Recipe
 from mpt.terms import Attention, Feature, Method, Strategy, Task
 
 BATCH, LENGTH = 4, 256
@@ -40,19 +43,30 @@ GPT2 = WITH_DROPOUT | {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def measured_mib(config: dict[str, Any], *, weights: str, autocast: bool, checkpointing: bool, attention: str) -> float:
+def measured_mib(
+    config: dict[str, Any],
+    *,
+    weights: str,
+    autocast: bool,
+    checkpointing: bool,
+    attention: str,
+    lora: dict[str, Any] | None = None,
+) -> float:
     """Run a step and follow every allocation: the highest sum of weights, states and what the step holds."""
     torch.set_num_threads(1)  # small operations on shared cores: several threads take several times as long
     keys = {key: value for key, value in config.items() if key != "model_type"}
     settings = AutoConfig.for_model(config["model_type"], **keys)
     model = AutoModelForCausalLM.from_config(settings, attn_implementation=attention).to(DTYPES[weights]).train()
     model.config.use_cache = False
+    if lora is not None:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=8, **lora))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
     tokens = torch.randint(0, config["vocab_size"], (BATCH, LENGTH))
 
-    for weight in model.parameters():  # a step without a forward pass, which costs the most, makes the states
+    for weight in trained:  # a step without a forward pass, which costs the most, makes the states
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
     optimizer.zero_grad()
@@ -78,29 +92,41 @@ def measured_mib(config: dict[str, Any], *, weights: str, autocast: bool, checkp
 
 
 def estimated_mib(
-    config: dict[str, Any], *, weights: str, autocast: bool, checkpointing: bool, attention: str
+    config: dict[str, Any],
+    *,
+    weights: str,
+    autocast: bool,
+    checkpointing: bool,
+    attention: str,
+    lora: dict[str, Any] | None = None,
 ) -> float:
     facts = facts_from_config(config)
     assert facts is not None
+    adapters: dict[str, Any] = {}
+    if lora is not None:
+        keys = {"rank": 8, "dora": lora.get("use_dora", False)}
+        recipe = Recipe.model_validate({"model": "a", "data": "b.txt", "lora": keys})
+        adapters = trained_sizes(recipe, facts, None)
     work = Workload(
         facts=facts,
-        method=Method.FULL,
+        method=Method.FULL if lora is None else Method.LORA,
         task=Task.CAUSAL_LM,
         strategy=Strategy.SINGLE,
         world_size=1,
         processes_per_node=1,
         on_cpu=True,
         weights_dtype=weights,
-        gradient_dtype=weights,
-        grad_accum_dtype=weights,
-        optimizer_state_dtype=weights,
-        master_weights_dtype=weights,
+        gradient_dtype="fp32" if lora is not None else weights,
+        grad_accum_dtype="fp32" if lora is not None else weights,
+        optimizer_state_dtype="fp32" if lora is not None else weights,
+        master_weights_dtype="fp32" if lora is not None else weights,
         autocast_dtype="bf16" if autocast else None,
         optimizer="adamw_torch_fused",
         attention=Attention(attention),
         sequence_length=LENGTH,
         micro_batch_size=BATCH,
         gradient_checkpointing=checkpointing,
+        **adapters,
     )
     estimate = estimate_memory(work)
     return (estimate.peak_gib - estimate.parts_gib["overhead"]) * 1024
@@ -143,3 +169,11 @@ def test_norms_dropout_and_scores_are_counted(config: dict[str, Any], autocast: 
     skip_where_bf16_takes_minutes(autocast)
     how = {"weights": "fp32", "autocast": autocast, "checkpointing": False, "attention": attention}
     assert estimated_mib(config, **how) == pytest.approx(measured_mib(config, **how), rel=0.1)
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize(("weights", "autocast"), [("fp32", False), ("bf16", True)], ids=["fp32", "bf16"])
+def test_what_adapters_keep_is_counted(lora: dict[str, Any], weights: str, autocast: bool) -> None:
+    skip_where_bf16_takes_minutes(autocast)
+    how = {"weights": weights, "autocast": autocast, "checkpointing": False, "attention": "sdpa", "lora": lora}
+    assert estimated_mib(FEW_TOKENS, **how) == pytest.approx(measured_mib(FEW_TOKENS, **how), rel=0.1)

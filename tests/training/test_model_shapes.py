@@ -10,10 +10,12 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig
 
+from mpt.planning.linear_shapes import block_linears
 from mpt.planning.model_facts import facts_from_config
 from mpt.planning.model_shapes import FAMILIES
+from mpt.planning.modules import MATMULS
 from mpt.terms import Task
-from mpt.training.facts import learn_from_model
+from mpt.training.facts import learn_from_model, list_modules
 
 SIZES = {
     "vocab_size": 515,
@@ -103,6 +105,18 @@ def test_the_model_itself_says_the_same(kind: str, keys: dict[str, Any]) -> None
     if kind == "bert":  # its pooled positions and token types are no nn.Embedding of the vocabulary
         expected.pop("embedding_parameters"), found.pop("embedding_parameters")
     assert found == expected
+
+
+@pytest.mark.parametrize(("kind", "keys"), [(kind, keys) for kind, keys in VARIANTS if kind != "bert"])
+def test_a_block_has_the_linear_layers_of_the_formula(kind: str, keys: dict[str, Any]) -> None:
+    config = config_of(kind, keys)
+    facts = facts_from_config(config)
+    assert facts is not None
+    shapes, is_known = block_linears(facts)
+    assert is_known
+    listed = list_modules({"config": config, "task": "causal_lm"})
+    linear = [entry for entry in listed if entry["kind"] in MATMULS and not entry["is_head"]]
+    assert sorted((one["in_features"], one["out_features"]) for one in linear) == sorted(shapes * facts.layers)
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES))

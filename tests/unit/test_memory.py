@@ -1,9 +1,11 @@
 """The memory formulas, against the published bytes a parameter and arithmetic done by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from mpt.planning.adapters import trained_sizes
 from mpt.planning.memory import (
     GIB,
     communication_bytes,
@@ -16,6 +18,7 @@ from mpt.planning.memory import (
 )
 from mpt.planning.model_facts import ModelFacts, facts_from_config, known_models
 from mpt.planning.workload import Workload, trainable_parameters
+from mpt.recipe.schema import Recipe
 from mpt.terms import Attention, Method, OffloadDevice, Strategy, Task
 
 
@@ -58,6 +61,14 @@ PURE = replace(
 ZERO = replace(
     AMP, weights_dtype="bf16", gradient_dtype="bf16", autocast_dtype=None, world_size=8, processes_per_node=8
 )
+
+
+def adapters(rank: int, **keys: Any) -> dict[str, Any]:
+    """What adapters on every linear layer of the 7B, and NF4 under them, make of a workload."""
+    recipe = Recipe.model_validate(
+        {"model": "meta-llama/Llama-2-7b-hf", "data": "a.txt", "lora": {"rank": rank} | keys, "quantization": {}}
+    )
+    return trained_sizes(recipe, AMP.facts, None)
 
 
 def states_per_parameter(work: Workload) -> float:
@@ -112,7 +123,7 @@ def test_llama_2_7b_in_pure_bf16_peaks_where_torch_says_it_does() -> None:
 
 
 def test_adapters_have_no_master_copy_beside_them() -> None:
-    lora = replace(AMP, method=Method.LORA, weights_dtype="bf16", lora_rank=8)
+    lora = replace(AMP, method=Method.LORA, weights_dtype="bf16", **adapters(8))
     assert optimizer_bytes(lora) == 8 * trainable_parameters(lora)
 
 
@@ -142,14 +153,14 @@ def test_offloaded_states_move_to_the_host_of_each_node() -> None:
         (AMP, replace(AMP, attention=Attention.EAGER)),
         (AMP, replace(AMP, accumulates=True)),
         (replace(AMP, gradient_checkpointing=True), replace(AMP, gradient_checkpointing=True, micro_batch_size=32)),
-        (replace(AMP, method=Method.QLORA, weights_dtype="nf4", lora_rank=8), AMP),
+        (replace(AMP, method=Method.QLORA, weights_dtype="nf4", **adapters(8)), AMP),
         (
-            replace(AMP, method=Method.QLORA, weights_dtype="nf4", lora_rank=8),
-            replace(AMP, method=Method.LORA, weights_dtype="bf16", lora_rank=8),
+            replace(AMP, method=Method.QLORA, weights_dtype="nf4", **adapters(8)),
+            replace(AMP, method=Method.LORA, weights_dtype="bf16", **adapters(8)),
         ),
         (
-            replace(AMP, method=Method.LORA, weights_dtype="bf16", lora_rank=8),
-            replace(AMP, method=Method.LORA, weights_dtype="bf16", lora_rank=256),
+            replace(AMP, method=Method.LORA, weights_dtype="bf16", **adapters(8)),
+            replace(AMP, method=Method.LORA, weights_dtype="bf16", **adapters(256)),
         ),
     ],
 )
@@ -164,8 +175,26 @@ def test_sharding_over_more_ranks_never_needs_more() -> None:
     assert peaks == sorted(peaks, reverse=True)
 
 
+def test_dora_holds_two_more_results_of_each_layer() -> None:
+    lora = replace(AMP, method=Method.LORA, weights_dtype="bf16", **adapters(8))
+    dora = replace(lora, **adapters(8, dora=True))
+    outputs = 32 * (4 * 4096 + 2 * 11008 + 4096)
+    assert trainable_parameters(dora) - trainable_parameters(lora) == outputs
+    kept = [estimate_memory(work).parts_gib["activations"] * GIB for work in (lora, dora)]
+    norms = 4 * (11008 * 11008 + 3 * 11008 * 4096)  # an identity, the update, the weight and their sum, in fp32
+    assert kept[1] - kept[0] == pytest.approx(2 * 2 * outputs * lora.tokens + norms)
+
+
+def test_what_is_not_quantized_is_fp32_or_what_deepspeed_makes_of_it() -> None:
+    work = replace(AMP, method=Method.QLORA, weights_dtype="int8", **adapters(8))
+    rest = work.facts.parameters - work.facts.linear_parameters + trainable_parameters(work)
+    assert weights_bytes(work) == work.facts.linear_parameters + 4 * rest
+    zero = replace(work, strategy=Strategy.ZERO2, world_size=2, gradient_dtype="bf16")
+    assert weights_bytes(zero) == work.facts.linear_parameters + 2 * rest
+
+
 def test_qlora_of_7b_holds_half_a_byte_and_the_rest_in_fp32() -> None:
-    work = replace(AMP, method=Method.QLORA, weights_dtype="nf4", lora_rank=64)
+    work = replace(AMP, method=Method.QLORA, weights_dtype="nf4", **adapters(64))
     # 3.24 + 0.1 GiB of nf4 with double-quantised constants, 0.98 GiB of embeddings and head, 0.6 GiB of adapters.
     assert trainable_parameters(work) == 159_907_840  # what peft reports for rank 64 on all linear layers of Llama 2 7B
     assert weights_bytes(work) / GIB == pytest.approx(4.68, abs=0.05)

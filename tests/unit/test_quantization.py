@@ -90,8 +90,9 @@ def test_what_is_skipped_is_named_whole_with_the_head() -> None:
         for module in llama_modules()
         if module.name.startswith("model.layers.0.") and not module.name.endswith("down_proj")
     )
-    facts = plan.facts
-    assert quantized_parameters(facts, value, llama_modules()) == facts.linear_parameters - whole
+    facts, section = plan.facts, plan.recipe.quantization
+    assert section is not None
+    assert quantized_parameters(facts, section, llama_modules()) == facts.linear_parameters - whole
 
 
 def test_a_layer_to_skip_that_is_none_is_refused_with_the_near_ones() -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mpt.planning.peft_keywords import to_bitsandbytes_config, to_lora_config
 from mpt.planning.plan import Plan
 from mpt.planning.script_parts.assembly import comment, literal
 from mpt.planning.script_parts.needs import (
@@ -95,9 +96,13 @@ def _model(plan: Plan) -> list[str]:
         lines += [
             _constant("MODEL", section.name_or_path),
             _constant("MODEL_REVISION", section.revision or "main"),
-            # What is rounded once can't be widened again.
-            f"LOAD_DTYPE = {'torch.float32' if wide_islands(plan) else weights_dtype(plan)}",
         ]
+        quantization = plan.value("quantization")
+        if quantization is not None:
+            lines.append(_constant("QUANTIZATION", to_bitsandbytes_config(quantization)))
+        else:
+            # What is rounded once can't be widened again.
+            lines.append(f"LOAD_DTYPE = {'torch.float32' if wide_islands(plan) else weights_dtype(plan)}")
     if section.config is None or not trains_tokenizer(plan):
         lines.append(_constant("TRUST_REMOTE_CODE", section.trust_remote_code))
     return [*lines, _constant("ATTENTION", plan.value("attention"))]
@@ -113,13 +118,11 @@ def _precision(plan: Plan) -> list[str]:
         lines.append(_constant("FP8_RECIPE", plan.value("fp8")["recipe"]))
         lines.append(_constant("FP8_EMULATED", plan.value("fp8")["emulated"]))
     if section is not None:
-        adapters = {
-            "r": section.rank,
-            "lora_alpha": section.alpha,
-            "lora_dropout": section.dropout,
-            "target_modules": section.target_modules,
-        }
-        lines.append(_constant("LORA", adapters))
+        if section.adapter is not None:
+            lines.append(_constant("ADAPTER", section.adapter))
+        else:
+            adapters = to_lora_config(section, plan.value("adapters"), plan.value("task"))
+            lines.append(_constant("LORA", adapters))
     if has_own_optimizer(plan):
         lines.append(_constant("ROUNDING", plan.value("rounding")))
         lines.append(f"OPTIMIZER_STATE_DTYPE = {TORCH_DTYPES[plan.value('optimizer_state_dtype')]}")

@@ -95,12 +95,16 @@ def _shape_model(plan: Plan) -> list[str]:
     lines += ["    install_islands(model, ISLANDS)"] * bool(needs.islands(plan))
     lines += ["    convert_to_float8(model)"] * bool(needs.float8_modules(plan))
     lines += ["    accumulate_in_fp32(model)"] * needs.accumulates_in_fp32(plan)
-    return lines + ["    model = add_adapters(model)"] * (plan.recipe.lora is not None)
+    section = plan.recipe.lora
+    if section is None:
+        return lines
+    lines.append("    model = add_adapters(model)")
+    return lines + ["    beginning = keep_beginning(model)"] * (needs.save(plan) == "converted_save")
 
 
 def main(plan: Plan, trainer: str) -> str:
     """Write `main`; `trainer` names the class that trains."""
-    shaping = _shape_model(plan)
+    shaping, converts = _shape_model(plan), needs.save(plan) == "converted_save"
     lines = [
         "import argparse",
         "from pathlib import Path",
@@ -139,7 +143,7 @@ def main(plan: Plan, trainer: str) -> str:
         "    # The Trainer has copied the tokenizer's pad into the configuration. A model built from that again would",
         "    # freeze the embedding of that token, which often is the end of text (torch.nn.Embedding, padding_idx).",
         "    model.config.pad_token_id = pad_token_id",
-        '    save(trainer, tokenizer, Path(options.output) / "final")',
+        f'    save(trainer, tokenizer, Path(options.output) / "final"{", beginning" * converts})',
         *["    sample(trainer, tokenizer)"] * (plan.recipe.sample is not None),
     ]
     return "\n".join(lines)

@@ -15,6 +15,8 @@ DECIDED = (
     "rounding",
     "loss_scale",
     "weights_dtype",
+    "quantization",
+    "adapters",
     "distributed.strategy",
     "attention",
     "global_batch_size",
@@ -63,6 +65,7 @@ def installed(plan: Plan) -> dict[str, str]:
     """Look up the versions of the packages that the script imports."""
     names = ["torch", "transformers", "accelerate", "datasets", "tokenizers"]
     names += ["deepspeed"] * (plan.deepspeed is not None) + ["peft"] * (plan.recipe.lora is not None)
+    names += ["bitsandbytes"] * (plan.value("quantization") is not None)
     names += ["torchao"] * bool(needs.float8_modules(plan))
     found = {}
     for name in names:

@@ -94,8 +94,30 @@ def float8_modules(plan: Plan) -> list[str]:
     return [entry["name"] for entry in listed if entry["precision"] in FP8_MODES]
 
 
+def adapters(plan: Plan) -> list[str]:
+    """Name the pieces that put adapters on the model."""
+    section = plan.recipe.lora
+    if section is None:
+        return []
+    if section.adapter is not None:
+        return ["train_in_fp32", "continue_adapter"]
+    return ["train_in_fp32", *["keep_beginning"] * section.changes_base, "add_adapters"]
+
+
+def save(plan: Plan) -> str:
+    """Name the piece that writes the trained model."""
+    section = plan.recipe.lora
+    if plan.deepspeed is not None:
+        return "deepspeed_save"
+    if section is None or not (section.merge or section.changes_base):
+        return "plain_save"
+    return "merged_save" if section.merge else "converted_save"
+
+
 def casts_weights(plan: Plan) -> bool:
     """Whether the built model is in another dtype than its weights are to be; DeepSpeed casts by itself."""
+    if plan.value("quantization") is not None:
+        return False
     is_wider = plan.recipe.model.config is not None or bool(wide_islands(plan))
     return plan.deepspeed is None and plan.value("weights_dtype") != "fp32" and is_wider
 
