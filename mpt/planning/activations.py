@@ -70,7 +70,7 @@ def _frozen_block_bytes(work: Workload) -> float:
     DoRA saves the two results that its sizes multiply (peft 0.21, tuners/lora/layer.py and dora.py).
     """
     compute, hidden = 2 if work.computes_in_half else 4, work.facts.hidden_size
-    saved = 2 * (compute if work.facts.layer_norm else 4) * hidden
+    saved: float = 2 * (compute if work.facts.layer_norm else 4) * hidden
     if work.autocast_dtype is not None:
         saved += compute * work.adapter_inputs / work.facts.layers
     else:
