@@ -64,7 +64,7 @@ def train(
     except MptError as error:
         if as_json:
             counts: dict[str, Any] = {"steps": 0, "train_loss": None, "eval_loss": None, "metrics": {}}
-            counts |= {"attempts": 0, "incidents": 0, "loss_scale": None, "skipped_steps": 0}
+            counts |= {"stopped_early": False, "attempts": 0, "incidents": 0, "loss_scale": None, "skipped_steps": 0}
             refused = {"outcome": "refused", "run_dir": None, **counts, "problem": error.problem}
             _print_result(json.dumps(refused))
         raise
@@ -253,7 +253,8 @@ def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
     named = (("train", summary["train_loss"]), ("evaluation", summary["eval_loss"]))
     losses = [f"{what} loss {loss:.4f}" for what, loss in named if isinstance(loss, float)]
     losses += [spell_metrics({name: value}).strip() for name, value in summary["metrics"].items()]
-    _say(f"{summary['steps']} steps: {', '.join(losses) or 'no loss'}")
+    early = " (stopped early)" if summary["stopped_early"] else ""
+    _say(f"{summary['steps']} steps{early}: {', '.join(losses) or 'no loss'}")
     _report_loss_scale(summary)
     _say(f"the model is in {run.final}")
 

@@ -19,7 +19,7 @@ from mpt.planning.deepspeed import to_deepspeed
 from mpt.planning.float8_engine import check_recomputed, choose_compile, choose_float8
 from mpt.planning.layers import check_tied, choose_layers, island_dtypes, keeps_mlp_wide
 from mpt.planning.memory import MemoryEstimate
-from mpt.planning.metrics import choose_metrics
+from mpt.planning.metrics import choose_early_stopping, choose_metrics
 from mpt.planning.model_facts import ModelFacts
 from mpt.planning.modules import ModuleShape
 from mpt.planning.number_formats import check_static_scale
@@ -182,6 +182,7 @@ def resolve(
     values: dict[str, Decision[Any]] = {
         "task": _asked_or_default(recipe, "task", recipe.task.value, "predict the next token"),
         "metrics": choose_metrics(recipe, packages),
+        "early_stopping": choose_early_stopping(recipe),
         "method": method,
         "quantization": quantization,
         "adapters": adapters,

@@ -60,6 +60,12 @@ def _refuse(plan: Plan) -> None:
         wishes.append("data.packing: best_fit")
     if plan.value("padding_free"):
         wishes.append("batches without padding (data.packing: none with Flash Attention)")
+    if plan.value("early_stopping") is not None:
+        wishes.append("early_stopping")
+    if plan.recipe.metrics:
+        wishes.append("metrics")
+    if "perplexity" in str(plan.training_arguments.get("metric_for_best_model")):
+        wishes.append("training.metric_for_best_model: perplexity")
     if plan.recipe.data.streaming and "builtin" in needs.kinds(plan):
         wishes.append("data.streaming of the built-in corpus")
     if wishes:

@@ -7,6 +7,7 @@ default of the Trainer that mpt does not need to change is left to it.
 from typing import Any
 
 from mpt.errors import MptError
+from mpt.planning.metrics import best_metric
 from mpt.recipe.metrics import is_less_better
 from mpt.recipe.schema import Recipe
 from mpt.terms import FP8_MODES, Precision
@@ -63,7 +64,9 @@ def to_training_arguments(
     if recipe.data.streaming and not has_even_batches and isinstance(config, dict):
         # accelerate would have rank 0 read for all, and join their batches, which padding makes differ in length.
         keywords["accelerator_config"] = {"dispatch_batches": False} | config
-    best = asked.get("metric_for_best_model")
+    best = best_metric(recipe)
+    if best is not None:
+        keywords["metric_for_best_model"] = best
     if best is not None and "greater_is_better" not in asked:
         keywords["greater_is_better"] = not is_less_better(best)  # transformers goes by the word "loss" alone
     if compiles:

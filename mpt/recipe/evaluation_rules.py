@@ -43,6 +43,16 @@ def labels_fit(recipe: Recipe) -> Iterator[Flaw]:
         )
 
 
+def early_stopping_evaluates(recipe: Recipe) -> Iterator[Flaw]:
+    """Nothing is known of a gain without evaluations, nor of the best one without a step that is saved."""
+    if recipe.early_stopping is not None and recipe.training_keys.get("eval_strategy", "no") == "no":
+        yield Flaw(
+            ("early_stopping",),
+            "goes by evaluations, and training.eval_strategy is no",
+            "set training.eval_strategy to steps or epoch",
+        )
+
+
 def metrics_fit(recipe: Recipe) -> Iterator[Flaw]:
     """A metric is one of the task's, and what the best checkpoint goes by is computed."""
     allowed = metrics_for(recipe)

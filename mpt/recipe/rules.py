@@ -3,7 +3,7 @@ or the model are planning's."""
 
 from collections.abc import Callable, Iterator
 
-from mpt.recipe.evaluation_rules import labels_fit, metrics_fit
+from mpt.recipe.evaluation_rules import early_stopping_evaluates, labels_fit, metrics_fit
 from mpt.recipe.schema import Recipe, SourceSection, TokenizerSection
 from mpt.recipe.sources import BUILTIN, QUESTIONS
 from mpt.recipe.suggestions import nearest
@@ -274,6 +274,7 @@ RULES: tuple[Callable[[Recipe], Iterator[Flaw]], ...] = (
     _task_has_its_keys,
     labels_fit,
     metrics_fit,
+    early_stopping_evaluates,
     _trackers,
     _packing,
 )

@@ -14,6 +14,7 @@ from mpt.recipe.sections.adapters import LoraSection, QuantizationSection
 from mpt.recipe.sections.base import SHORT_FORMS, PositiveInt, Section, short_form
 from mpt.recipe.sections.data import DataSection, SampleSection, SourceSection
 from mpt.recipe.sections.engine import DistributedSection, OffloadSection
+from mpt.recipe.sections.evaluation import EarlyStoppingSection
 from mpt.recipe.sections.model import ModelSection, TokenizerSection
 from mpt.recipe.sections.precision import (
     CompareBoundsSection,
@@ -32,6 +33,7 @@ __all__ = [
     "CompareSection",
     "DataSection",
     "DistributedSection",
+    "EarlyStoppingSection",
     "Float8Section",
     "HealthSection",
     "LoraSection",
@@ -92,6 +94,9 @@ class Recipe(Section):
     """What an evaluation computes beside the loss. Classes: accuracy, f1 (of the second class where there are two, else
     the mean over classes), f1_macro, f1_weighted, precision, recall, matthews; regression: pearson, spearman, mse, mae;
     language models: perplexity, token_accuracy. Left out: accuracy and f1, or pearson and spearman, or perplexity."""
+    early_stopping: EarlyStoppingSection | None = None
+    """End the run where evaluations show no more gain. `training.load_best_model_at_end` then keeps the best weights
+    rather than the last."""
     sample: Annotated[SampleSection, short_form("sample")] | None = None
     """Text to generate at the end; a text is its `prompt`."""
     restart: RestartSection = RestartSection()

@@ -248,6 +248,9 @@ def describe(event: Mapping[str, Any]) -> str | None:
             return "audit passed: what runs is what was planned" if event.get("passed") else "audit FAILED"
         case "evaluated" if event.get("eval_loss") is not None:
             return f"{at}  evaluation loss {number(event['eval_loss'], '.4f')}{spell_metrics(event.get('metrics'))}"
+        case "stopped_early":
+            best = f"{event.get('metric')} was best at step {event.get('best_step')}, {number(event['best'], '.4g')}"
+            return f"{at}  stopped early: {best}, and no better in {event.get('patience')} evaluations since"
         case "checkpoint_saved":
             return f"{at}  saved {event.get('name')}"
         case "save_failed":

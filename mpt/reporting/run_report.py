@@ -77,7 +77,8 @@ def to_text(report: RunReport) -> str:
     named = (("train", summary["train_loss"]), ("evaluation", summary["eval_loss"]))
     losses = [f"{what} loss {loss:.4f}" for what, loss in named if isinstance(loss, float)]
     metrics = [spell_metrics({name: value}).strip() for name, value in summary["metrics"].items()]
-    came = ", ".join([str(summary["outcome"]), f"{summary['steps']} steps", *losses, *metrics])
+    early = " (stopped early)" if summary["stopped_early"] else ""
+    came = ", ".join([str(summary["outcome"]), f"{summary['steps']} steps{early}", *losses, *metrics])
     lines = [f"{summary['run_dir']}: {came}"]
     for attempt in report.attempts:
         lines += _told(attempt)

@@ -19,8 +19,8 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
 
     `outcome` is "interrupted" where the run neither ended nor is known to go on. `train_loss` is the mean over the run
     where it finished, else the last step's; a loss is None where there is none. `metrics` are those of the last
-    evaluation, beside its loss. `loss_scale` is the last step's, None without fp16; `skipped_steps` counts the steps
-    that overflowed, the one that ended the run included.
+    evaluation, beside its loss; `stopped_early`: evaluations showed no more gain. `loss_scale` is the last step's, None
+    without fp16; `skipped_steps` counts the steps that overflowed, the one that ended the run included.
     """
     events = read_events(run.journal)
     rows = read_rows(run)
@@ -47,6 +47,7 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
         "train_loss": last_row.get("loss") if finished is None else finished["train_loss"],
         "eval_loss": eval_loss,
         "metrics": dict(metrics),
+        "stopped_early": bool(finished and finished.get("stopped_early")),
         "loss_scale": last_row.get("loss_scale"),
         "skipped_steps": _skipped(rows, events),
         "attempts": len(run.attempt_numbers()),

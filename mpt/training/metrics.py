@@ -4,8 +4,9 @@ What is kept of a batch until the end is as little as the metrics need: the logi
 of a language model two counts a sample.
 """
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ import torch
 from mpt.planning.plan import Plan
 from mpt.terms import Metric, Task
 from mpt.training.collation import IGNORED
+
+# What the Trainer adds to the metrics of an evaluation: its loss, and how long it took.
+TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
 
 def evaluation(plan: Plan) -> dict[str, Any]:
@@ -103,3 +107,22 @@ def share(counts: np.ndarray) -> float:
     """Give the share of the tokens that were guessed right, of `count_right`'s counts."""
     right, asked = counts.reshape(-1, 2).sum(axis=0).tolist()
     return right / asked if asked else float("nan")
+
+
+def metrics_in(evaluated: Mapping[str, Any]) -> dict[str, float]:
+    """Pick the metrics beside the loss out of what an evaluation gives.
+
+    >>> metrics_in({"eval_loss": 0.5, "eval_accuracy": 0.75, "eval_runtime": 3.0, "epoch": 1.0})
+    {'accuracy': 0.75}
+    """
+    named = {key.removeprefix("eval_"): value for key, value in evaluated.items() if key.startswith("eval_")}
+    return {
+        name: float(value)
+        for name, value in named.items()
+        if name not in ("loss", *TIMES) and isinstance(value, (int, float))
+    }
+
+
+def perplexity(loss: float) -> float:
+    """Give exp(loss); of a loss beyond what a double can hold, infinity."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -63,6 +63,7 @@ class Finished:
     train_loss: float | None
     eval_loss: float | None
     metrics: Mapping[str, float]
+    stopped_early: Mapping[str, Any] | None = None
 
 
 def train(
@@ -319,6 +320,11 @@ def _finish(
     plan: Plan, run: RunDirectory, trainer: PlanTrainer, tokenizer: Any, phase: Any, barrier: Any, *, is_chat: bool
 ) -> Finished:
     step = trainer.state.global_step
+    stop = trainer.early_stop
+    is_early = stop is not None and stop.is_reached and step < trainer.state.max_steps
+    stopped_early = stop.told(trainer.args, trainer.state) if stop is not None and is_early else None
+    if stopped_early is not None and trainer.watch.is_writer:
+        trainer.journal.append("stopped_early", step=step, **stopped_early)
     eval_loss: float | None = None
     metrics: dict[str, float] = {}
     if trainer.eval_dataset is not None:
@@ -340,7 +346,8 @@ def _finish(
         phase("sampling")
         _sample(plan, trainer, tokenizer, is_chat=is_chat)
     barrier()
-    return Finished(step, _train_loss(run) if trainer.watch.is_writer else None, eval_loss, metrics)
+    train_loss = _train_loss(run) if trainer.watch.is_writer else None
+    return Finished(step, train_loss, eval_loss, metrics, stopped_early)
 
 
 def _sample(plan: Plan, trainer: PlanTrainer, tokenizer: Any, *, is_chat: bool) -> None:

@@ -3,7 +3,7 @@ checkpoints are staged and committed, metrics are written each step, a stop is a
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,10 +28,12 @@ from mpt.training.background import trained_state
 from mpt.training.checkpointing import Saver
 from mpt.training.data_order import SAMPLE_IDS, SAMPLE_TOKENS, DataOrder, Placed, PlacedCollator, keep_order
 from mpt.training.dead_adapters import unreached_adapters
+from mpt.training.early_stopping import EarlyStop
 from mpt.training.finite import bad_gradients, bad_weights
 from mpt.training.gradient_capture import Measurement
 from mpt.training.health import Action, Code, Verdict
 from mpt.training.incidents import Evidence, hold_inquest
+from mpt.training.metrics import metrics_in, perplexity
 from mpt.training.outcome import Diverged, Stopped
 from mpt.training.packing import LENGTHS, lengths_of
 from mpt.training.precision.apply import DTYPES, fp8_context, fp8_recomputes, fp32_buffers, restore_buffers
@@ -83,6 +85,9 @@ class PlanTrainer(Trainer):
             self.model_accepts_loss_kwargs = False
         self.pad_token_id = getattr(self.model.config, "pad_token_id", None)
         self.add_callback(StepHooks(self))
+        self.early_stop = EarlyStop.of(plan)
+        if self.early_stop is not None:
+            self.add_callback(self.early_stop)
 
     # --- set-up
 
@@ -208,7 +213,7 @@ class PlanTrainer(Trainer):
             self.order.set_epoch(
                 epoch
             )  # accelerate does not reach it in a run that was taken up again on several ranks
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.has_stopped_early:
             # Resumed at the last step: the loop of transformers would make one more.
             self.control.should_training_stop = True
             return
@@ -312,6 +317,11 @@ class PlanTrainer(Trainer):
                 remedy="Name one of these.",
             ) from error
 
+    @property
+    def has_stopped_early(self) -> bool:
+        """Whether evaluations have ended the training."""
+        return self.early_stop is not None and self.early_stop.is_reached
+
     # --- checkpoints
 
     def _maybe_log_save_evaluate(
@@ -319,7 +329,7 @@ class PlanTrainer(Trainer):
     ) -> None:
         """Save at the last step too, so that a finished run can prove it, and where a stop was agreed on."""
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *rest, **keywords)
-        is_last = self.state.global_step >= self.state.max_steps
+        is_last = self.state.global_step >= self.state.max_steps or self.has_stopped_early
         if (is_last or self.watch.stop_agreed) and self.state.global_step > 0:
             self._save_checkpoint(model, trial)
             if not is_last:
@@ -477,29 +487,6 @@ class WatchedEngine(DeepSpeedEngineWrapper):
         norm = engine.get_global_grad_norm()
         norm = 0.0 if norm is None else float(norm)
         watch.conclude(applied=engine.was_step_applied(), grad_norm=norm, limit=limit)
-
-
-# What the Trainer adds to the metrics of an evaluation: its loss, and how long it took.
-TIMES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
-
-
-def metrics_in(evaluated: Mapping[str, Any]) -> dict[str, float]:
-    """Pick the metrics beside the loss out of what an evaluation gives.
-
-    >>> metrics_in({"eval_loss": 0.5, "eval_accuracy": 0.75, "eval_runtime": 3.0, "epoch": 1.0})
-    {'accuracy': 0.75}
-    """
-    named = {key.removeprefix("eval_"): value for key, value in evaluated.items() if key.startswith("eval_")}
-    return {
-        name: float(value)
-        for name, value in named.items()
-        if name not in ("loss", *TIMES) and isinstance(value, (int, float))
-    }
-
-
-def perplexity(loss: float) -> float:
-    """Give exp(loss); of a loss beyond what a double can hold, infinity."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def data_seed(arguments: TrainingArguments) -> int:

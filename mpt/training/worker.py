@@ -87,6 +87,7 @@ def _train(run: RunDirectory, number: int, rank: int, journal: Journal) -> int:
         train_loss=done.train_loss,
         eval_loss=done.eval_loss,
         metrics=dict(done.metrics),
+        stopped_early=None if done.stopped_early is None else dict(done.stopped_early),
     )
 
 

@@ -376,6 +376,9 @@ def test_what_a_recipe_says_comes_through_as_it_was_said() -> None:
     ("changes", "says"),
     [
         ({"task": "sft"}, "task: sft"),
+        ({"task": "masked_lm"}, "task: masked_lm"),
+        ({"metrics": ["token_accuracy"]}, "metrics"),
+        ({"early_stopping": {}, "training": {"eval_strategy": "steps"}}, "early_stopping"),
         (CHECKPOINT | {"lora": {}, "quantization": {}}, "quantization"),
         ({"distributed": {"strategy": "fsdp2"}}, "fsdp2"),
         ({"precision": {"mode": "fp8", "fp8": TRANSFORMER_ENGINE}}, "transformer_engine"),

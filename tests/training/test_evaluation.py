@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from mpt.reporting.summary import summarise
 from mpt.training.collation import IGNORED
 from mpt.training.metrics import count_right, of_classes, of_numbers, share
-from tests.training.tiny_runs import Run
+from tests.training.tiny_runs import Run, continue_from
 
 
 def test_classes_are_judged_as_scikit_learn_does_with_the_average_that_fits_their_number() -> None:
@@ -60,3 +61,34 @@ def test_a_language_model_is_told_its_perplexity_and_how_many_tokens_it_guesses(
     state = json.loads((run.directory.checkpoints / "checkpoint-8" / "trainer_state.json").read_text())
     seen = run.texts("evaluated", "metrics")
     assert state["best_metric"] == seen[1]["perplexity"] < seen[0]["perplexity"]  # less is better
+
+
+@pytest.mark.slow
+def test_a_run_without_a_gain_ends_early_and_counts_on_where_it_was_interrupted(new_run: Callable[..., Run]) -> None:
+    every = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 20}
+    run = new_run(early_stopping={"patience": 2, "threshold": 50.0}, training=every)
+    assert run.train() == 0, run.log()
+    word = run.last_word()
+    assert (word["kind"], word["step"], max(run.steps)) == ("finished", 6, 6)
+    assert word["stopped_early"] == {
+        "metric": "loss",
+        "best": run.texts("evaluated", "eval_loss")[2],  # a gain below the threshold is the best all the same
+        "best_step": 6,
+        "patience": 2,
+    }
+    assert summarise(run.directory)["stopped_early"]
+    after_one = continue_from(run, "checkpoint-4", new_run)
+    assert after_one.trajectory == run.trajectory
+    at_the_end = continue_from(run, "checkpoint-6", new_run)
+    for resumed in (after_one, at_the_end):
+        assert resumed.last_word(2)["step"] == 6
+        assert resumed.last_word(2)["stopped_early"] == word["stopped_early"]
+
+
+@pytest.mark.slow
+def test_a_run_that_gains_to_its_end_has_not_stopped_early(new_run: Callable[..., Run]) -> None:
+    every = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 6}
+    run = new_run(early_stopping={"patience": 1}, training=every)
+    assert run.train() == 0, run.log()
+    assert (run.last_word()["step"], run.last_word()["stopped_early"]) == (6, None)
+    assert not summarise(run.directory)["stopped_early"]

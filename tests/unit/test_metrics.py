@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 
 from mpt.errors import UnsupportedError
-from mpt.planning.metrics import choose_metrics
+from mpt.planning.metrics import choose_early_stopping, choose_metrics
+from mpt.planning.training_arguments import to_training_arguments
 from mpt.recipe.rules import broken_rules
 from mpt.recipe.schema import Recipe
+from mpt.terms import Precision
 
 CLASSIFIER = {"task": "sequence_classification", "model": "bert", "data": "rows.jsonl"}
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 10, "save_steps": 10, "load_best_model_at_end": True}
@@ -96,3 +98,29 @@ def test_the_best_checkpoint_may_go_by_any_metric_that_is_computed() -> None:
     for metric in ("loss", "eval_loss", "f1", "eval_accuracy"):
         assert flaws(**CLASSIFIER, training=EVALUATES | {"metric_for_best_model": metric}) == []
     assert flaws(training=EVALUATES | {"metric_for_best_model": "perplexity"}) == []
+
+
+def test_early_stopping_goes_by_evaluations_and_by_the_loss_unless_told() -> None:
+    assert dict(flaws(early_stopping={"patience": 2})) == {
+        "early_stopping": "goes by evaluations, and training.eval_strategy is no"
+    }
+    asked = recipe(early_stopping={"patience": 2}, training=EVALUATES)
+    assert broken_rules(asked) == []
+    assert choose_early_stopping(asked).value == {"metric": "loss", "patience": 2, "threshold": 0.0}
+    assert choose_early_stopping(recipe()).value is None
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"), [("loss", False), ("eval_perplexity", False), ("token_accuracy", True), (None, None)]
+)
+def test_which_way_is_better_follows_from_the_metric(metric: str | None, greater: bool | None) -> None:
+    best = {} if metric is None else {"metric_for_best_model": metric}
+    keywords = to_training_arguments(
+        recipe(training=EVALUATES | best, metrics=["perplexity", "token_accuracy"]),
+        precision=Precision.FP32,
+        on_cpu=True,
+        micro_batch_size=1,
+        gradient_accumulation_steps=1,
+        gradient_checkpointing=False,
+    )
+    assert keywords.get("greater_is_better") is greater
