@@ -135,7 +135,7 @@ def _anywhere(key: str) -> str | None:
 
 def _list_keys(place: str, keys: Iterable[str]) -> str:
     names = list(keys)
-    if len(names) > 24:
+    if len(names) > 32:
         return "`mpt schema` lists the keys"
     return f"the keys of {place} are {', '.join(names)}"
 
