@@ -130,3 +130,28 @@ class Metric(StrEnum):
 
 # Those whose loss is a cross entropy over the vocabulary.
 LANGUAGE_TASKS = (Task.CAUSAL_LM, Task.SFT, Task.MASKED_LM)
+
+
+class Check(StrEnum):
+    """What a preflight can find: the codes of its findings (`mpt.planning.checks` says what each means)."""
+
+    PLAN_REFUSED = "plan_refused"
+    DOES_NOT_FIT = "does_not_fit"
+    NO_ENGINE = "no_engine"
+    DATA_REFUSED = "data_refused"
+    LEARNING_RATE = "learning_rate"
+    POSITIONS = "positions"
+    DIMENSIONS = "dimensions"
+    SMALL_PASS = "small_pass"
+    VOCABULARY = "vocabulary"
+    END_OF_TEXT = "end_of_text"
+    PADDING_TOKEN = "padding_token"
+    CHAT_TEMPLATE = "chat_template"
+    ANSWERS_UNMARKED = "answers_unmarked"
+    TRUNCATED = "truncated"
+    NOTHING_LEARNT = "nothing_learnt"
+    EMPTY_ROWS = "empty_rows"
+    DUPLICATE_ROWS = "duplicate_rows"
+    UNKNOWN_TOKENS = "unknown_tokens"
+    EVALUATION_OVERLAP = "evaluation_overlap"
+    PADDING = "padding"

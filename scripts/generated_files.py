@@ -85,9 +85,15 @@ def readme() -> dict[str, str]:
     """Write the README's generated parts, each between its two markers."""
     from mpt.recipe.reference import recipe_reference
     from mpt.reporting.checklist_table import checklist_reference
+    from mpt.reporting.findings_text import findings_reference
 
+    parts = {
+        "recipe reference": recipe_reference(),
+        "checklist": checklist_reference(),
+        "findings": findings_reference(),
+    }
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, made in (("recipe reference", recipe_reference()), ("checklist", checklist_reference())):
+    for name, made in parts.items():
         begin, end = f"<!-- {name}: generated -->", f"<!-- end of the {name} -->"
         head, _, rest = text.partition(begin)
         _, _, tail = rest.partition(end)

@@ -42,6 +42,7 @@ def _options(
 def _register() -> None:
     from mpt.cli import checkpoints, recipes
     from mpt.cli.chat import chat
+    from mpt.cli.check import check
     from mpt.cli.detect_precision import detect_precision
     from mpt.cli.doctor import doctor
     from mpt.cli.eval import evaluate
@@ -57,6 +58,7 @@ def _register() -> None:
 
     app.command("train")(train)
     app.command("plan")(plan)
+    app.command("check")(check)
     app.command("validate")(validate)
     app.add_typer(recipes.app, name="recipes")
     app.add_typer(checkpoints.app, name="checkpoints")

@@ -23,6 +23,7 @@ from mpt.recipe.sections.precision import (
     LossScaleSection,
     PrecisionSection,
 )
+from mpt.recipe.sections.preflight import PreflightSection
 from mpt.recipe.sections.supervision import HealthSection, RecoverySection, RestartSection
 from mpt.recipe.training_keys import TrainingSection
 from mpt.terms import Attention, Metric, OffloadDevice, Task
@@ -41,6 +42,7 @@ __all__ = [
     "ModelSection",
     "OffloadSection",
     "PrecisionSection",
+    "PreflightSection",
     "QuantizationSection",
     "Recipe",
     "RecoverySection",
@@ -108,6 +110,8 @@ class Recipe(Section):
     background_saving: Literal["auto"] | Flag = "auto"
     """Write checkpoints while the training goes on, from a copy in the host's memory. auto: on a GPU, where one process
     or DDP trains and the copy takes no more than half of that memory. The last checkpoint is always waited for."""
+    preflight: PreflightSection = PreflightSection()
+    """What of the preflight's findings is accepted."""
     compare: CompareSection | None = None
     """Compare the precision with another one before the run."""
 

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mpt.planning.checks import Finding as Found
 from mpt.reporting.advice import find
 from mpt.reporting.evidence import Evidence
 from mpt.reporting.finding import Finding, times, to_lines
+from mpt.reporting.findings_text import findings_of, told
 from mpt.reporting.live import number, spell_loss_scale
 from mpt.reporting.story import AttemptTold, Changed, CheckpointsTold, Scaling, Seen, Story, WentBack, tell
 from mpt.running.journal import spell_non_finite
@@ -41,12 +43,15 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     go_on: str | None
     goes_on: str
+    preflight: tuple[Found, ...] = ()
+    """What was found before it began."""
 
     def to_json(self) -> dict[str, Any]:
         """Give it as JSON values, the story's parts at the top level; non-finite numbers are texts."""
-        told = asdict(self)
-        story = told.pop("story")
-        return dict(spell_non_finite(told | story))
+        data = asdict(self)
+        story = data.pop("story")
+        before = [found.to_json() for found in self.preflight]
+        return dict(spell_non_finite(data | story | {"preflight": before}))
 
 
 def diagnose(evidence: Evidence) -> Diagnosis:
@@ -68,6 +73,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
         findings=findings,
         go_on=go_on,
         goes_on=goes_on,
+        preflight=findings_of(evidence.events),
     )
 
 
@@ -94,6 +100,7 @@ def to_text(diagnosis: Diagnosis) -> str:
     story = diagnosis.story
     sections = [
         (None, _headline(diagnosis)),
+        ("before it began", told(diagnosis.preflight)),
         ("attempts", _aligned([_attempt_row(attempt) for attempt in story.attempts])),
         ("numbers", [*map(_seen_line, story.numbers), *_scaling_line(story.scaling)]),
         ("what was changed", _change_lines(story)),

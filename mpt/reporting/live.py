@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from mpt.reporting.findings_text import read_findings, told
 from mpt.running.attempt import View
 
 # Without a terminal: a line at least this often, so that a log shows life and stays short.
@@ -240,6 +241,8 @@ def describe(event: Mapping[str, Any]) -> str | None:
     match event["kind"]:
         case "notice":
             return str(event.get("text"))
+        case "preflight":
+            return "\n".join(told(read_findings(event.get("findings", ())))) or None
         case "training_started":
             of = f" of {event['max_steps']}" if event.get("max_steps") else ""
             samples = f", {event['samples']} samples" if event.get("samples") is not None else ""

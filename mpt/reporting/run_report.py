@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mpt.planning.checks import Finding
 from mpt.planning.plan import Plan
 from mpt.planning.repair import Change, changes
+from mpt.reporting.findings_text import findings_of, told
 from mpt.reporting.live import spell_metrics
 from mpt.reporting.summary import summarise
 from mpt.running.journal import read_events, spell_non_finite
@@ -34,15 +36,17 @@ class AttemptReport:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """A run's summary, as `mpt train --json` has it, and its attempts, oldest first."""
+    """A run's summary, as `mpt train --json` has it, its attempts, oldest first, and what its preflight found."""
 
     summary: Mapping[str, Any]
     attempts: tuple[AttemptReport, ...]
+    preflight: tuple[Finding, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Give it as JSON values; non-finite numbers are texts."""
         listed = [asdict(attempt) for attempt in self.attempts]
-        return dict(spell_non_finite({**self.summary, "attempts": listed}))
+        found = [finding.to_json() for finding in self.preflight]
+        return dict(spell_non_finite({**self.summary, "attempts": listed, "preflight": found}))
 
 
 def gather_report(run: RunDirectory) -> RunReport:
@@ -68,7 +72,7 @@ def gather_report(run: RunDirectory) -> RunReport:
             )
         )
         before = plan
-    return RunReport(summarise(run), tuple(attempts))
+    return RunReport(summarise(run), tuple(attempts), findings_of(events))
 
 
 def to_text(report: RunReport) -> str:
@@ -82,6 +86,9 @@ def to_text(report: RunReport) -> str:
     lines = [f"{summary['run_dir']}: {came}"]
     for attempt in report.attempts:
         lines += _told(attempt)
+    before = told(report.preflight)
+    if before:
+        lines += ["before it began", *(f"  {line}" for line in before)]
     return "\n".join(lines)
 
 

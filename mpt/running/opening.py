@@ -30,7 +30,7 @@ from mpt.running.run_directory import RunDirectory, write_atomically, write_json
 
 # What may change between two starts of a run without changing what is trained; the keys below each one too.
 FREE = (
-    *("description", "name", "restart", "recovery", "compare", "background_saving", "sample"),
+    *("description", "name", "restart", "recovery", "compare", "background_saving", "sample", "preflight"),
     *("trackers", "training.report_to", "training.run_name", "training.project"),
 )
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]*")

@@ -16,15 +16,15 @@ from mpt.errors import MptError
 from mpt.training.collation import IGNORED
 from mpt.training.conversation_rows import CONVERSATION, PLACE
 from mpt.training.conversations import ConversationWriter, encode
-from mpt.training.data import Documents, Samples
-from mpt.training.encoding import identify
+from mpt.training.data import Documents, Samples, count_cuts
+from mpt.training.encoding import LENGTH, identify
 from mpt.training.repeated_stream import StreamedRows
 from mpt.training.shards import prepare_table
 
 TOKENS = datasets.List(datasets.Value("int32"))
 FEATURES = {"input_ids": TOKENS, "labels": TOKENS}
 # Of a sample before truncation: all tokens, and those to learn.
-COUNTS = {"length": datasets.Value("int32"), "learnt": datasets.Value("int32")}
+COUNTS = {LENGTH: datasets.Value("int32"), "learnt": datasets.Value("int32")}
 VERSION = "conversations-1"
 
 
@@ -59,6 +59,7 @@ def prepare_conversations(
         train.select_columns(columns),
         held_out.select_columns(columns) if held_out else None,
         tuple(notices),
+        cuts=count_cuts(train, sequence_length, left_out=len(documents.train) - len(train)),
     )
 
 
@@ -97,7 +98,7 @@ def _encoder(
             made["input_ids"].append(tokens[:limit])
             made["labels"].append(labels[:limit])
             if counts:
-                made["length"].append(len(tokens))
+                made[LENGTH].append(len(tokens))
                 made["learnt"].append(int(np.count_nonzero(labels != IGNORED)))
         return made
 
@@ -107,7 +108,7 @@ def _encoder(
 def _told(train: datasets.Dataset, conversations: int, limit: int) -> list[str]:
     told = []
     numbers = train.with_format("numpy")
-    lengths, learnt = numbers["length"][:], numbers["learnt"][:]
+    lengths, learnt = numbers[LENGTH][:], numbers["learnt"][:]
     long = int(np.count_nonzero(lengths > limit))
     if long:
         labels = train.data.column("labels")

@@ -18,7 +18,7 @@ from mpt.terms import Packing
 from mpt.training.bad_rows import BadRows
 from mpt.training.cache import digest
 from mpt.training.corpus import read_corpus, stream_corpus
-from mpt.training.encoding import Encoder, TokenRows
+from mpt.training.encoding import LENGTH, Encoder, TokenRows
 from mpt.training.packing import BestFitBins, PackedBlocks, pack_rows
 from mpt.training.repeated_stream import BATCH_ROWS, StreamedRows
 from mpt.training.row_files import TEXT
@@ -38,6 +38,18 @@ class Documents:
 
 
 @dataclass(frozen=True, slots=True)
+class Cuts:
+    """What the sequence length did to the training rows: how many were cut, the tokens lost with that, and how many are
+    no sample because nothing to learn was left of them. `longest`: the tokens of the longest before the cut.
+    """
+
+    truncated: int = 0
+    lost_tokens: int = 0
+    left_out: int = 0
+    longest: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Samples:
     """Tokenised samples, ready for the Trainer. `is_chat`: a chat template has written them. `from_data` is what the
     model must know of them, such as the classes, in JSON's types: it is kept with the run."""
@@ -47,6 +59,7 @@ class Samples:
     notices: tuple[str, ...] = ()
     is_chat: bool = False
     from_data: Mapping[str, Any] = field(default_factory=dict)
+    cuts: Cuts = Cuts()
 
 
 def read_documents(section: DataSection, *, seed: int) -> Documents:
@@ -117,9 +130,13 @@ def prepare_samples(
             )
         return packed
     if packing == Packing.NONE:
-        notices += _truncation_notice(train, sequence_length)
+        cuts = count_cuts(train, sequence_length)
+        notices += _truncation_notice(cuts, len(train), sequence_length)
         return Samples(
-            _not_empty(train, source), held_out if held_out is not None and len(held_out) else None, tuple(notices)
+            _not_empty(train, source),
+            held_out.select_columns(["input_ids"]) if held_out is not None and len(held_out) else None,
+            tuple(notices),
+            cuts=cuts,
         )
     blocks = PackedBlocks(train, sequence_length)
     if len(blocks) == 0:
@@ -186,9 +203,23 @@ def _one_document(text: str, like: datasets.Dataset) -> datasets.Dataset:
     return table
 
 
-def _truncation_notice(train: datasets.Dataset, limit: int) -> list[str]:
-    count = sum(chunk.true_count for chunk in train.data.column("truncated").chunks)
-    return [f"{count} of {len(train)} documents are longer than {limit} tokens and were truncated"] if count else []
+def count_cuts(table: datasets.Dataset, limit: int, left_out: int = 0) -> Cuts:
+    """Count what was cut off at `limit` tokens, by the column that says how long each row was."""
+    truncated = lost = longest = 0
+    for chunk in table.data.column(LENGTH).chunks:
+        lengths = chunk.to_numpy().astype(np.int64)
+        if len(lengths):
+            beyond = np.maximum(lengths - limit, 0)
+            truncated += int(np.count_nonzero(beyond))
+            lost += int(beyond.sum())
+            longest = max(longest, int(lengths.max()))
+    return Cuts(truncated, lost, left_out, longest)
+
+
+def _truncation_notice(cuts: Cuts, documents: int, limit: int) -> list[str]:
+    if not cuts.truncated:
+        return []
+    return [f"{cuts.truncated} of {documents} documents are longer than {limit} tokens and were truncated"]
 
 
 def _not_empty(train: datasets.Dataset, source: str) -> datasets.Dataset:

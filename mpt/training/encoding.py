@@ -13,6 +13,9 @@ from mpt.training.row_files import TEXT
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LENGTH = "length"
+"""The column that says how many tokens a row had before it was cut."""
+
 
 class Encoder:
     """Texts -> tokens, a row a document: marked as the tokenizer marks one, or with an end of text after it."""
@@ -69,13 +72,13 @@ class TokenRows:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        return ("tokenised-3", *self.encode.identity, self.limit)
+        return ("tokenised-4", *self.encode.identity, self.limit)
 
     @property
     def features(self) -> datasets.Features:
         features: dict[str, Any] = {"input_ids": datasets.List(datasets.Value("int32"))}
         if self.limit is not None:
-            features["truncated"] = datasets.Value("bool")
+            features[LENGTH] = datasets.Value("int32")
         return datasets.Features(features)
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -84,7 +87,7 @@ class TokenRows:
             return {"input_ids": rows}
         limit = self.limit
         rows = [row for row in rows if self.encode.is_enough(row)]
-        return {"input_ids": [self.encode.cut(row, limit) for row in rows], "truncated": [len(r) > limit for r in rows]}
+        return {"input_ids": [self.encode.cut(row, limit) for row in rows], LENGTH: [len(row) for row in rows]}
 
 
 def identify(tokenizer: "PreTrainedTokenizerBase") -> str:

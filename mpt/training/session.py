@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
@@ -22,7 +21,7 @@ from transformers.utils.import_utils import enable_tf32
 
 from mpt.errors import MptError
 from mpt.planning.number_formats import TORCH_ADAMW
-from mpt.planning.padding import describe, padding_shares
+from mpt.planning.padding import describe
 from mpt.planning.plan import Plan
 from mpt.recipe.rules import groups_by_length
 from mpt.running.data_record import record
@@ -37,12 +36,13 @@ from mpt.training.adapters import add_adapters, load_adapters, save_trained
 from mpt.training.audit import Audit
 from mpt.training.cache import digest
 from mpt.training.data import Samples
+from mpt.training.data_facts import padding_of
 from mpt.training.fingerprint import fingerprint
 from mpt.training.health import HealthMonitor, Thresholds
 from mpt.training.outcome import StopRequest
-from mpt.training.packing import lengths_of
 from mpt.training.precision.apply import DTYPES, apply_precision
 from mpt.training.precision.pure_bf16 import PureBf16AdamW
+from mpt.training.preflight import Prepared, look
 from mpt.training.progress import heard_by
 from mpt.training.repeated_stream import RepeatedStream, Resume
 from mpt.training.replay import Replay
@@ -95,7 +95,10 @@ def train(
     phase("data")
     if replay is None:
         with heard_by(heartbeat.beat):
-            tokenizer, samples = _prepare(plan, run, attempt, arguments, journal, task)
+            prepared = prepare(plan, run, attempt, arguments, journal, task)
+            if is_writer and asked is None:
+                look(plan, prepared, journal)
+        tokenizer, samples = prepared.tokenizer, prepared.samples
     else:
         tokenizer = read_tokenizer(run.tokenizer) if is_trained(plan.recipe) else load_tokenizer(plan.recipe)
         ready_tokenizer(task, plan, None, tokenizer)
@@ -165,14 +168,14 @@ def _evaluate(trainer: PlanTrainer, attempt: AttemptDirectory) -> Finished:
     return Finished(0, None, loss, own)
 
 
-def _prepare(
+def prepare(
     plan: Plan,
     run: RunDirectory,
     attempt: AttemptDirectory,
     arguments: TrainingArguments,
     journal: Journal,
     task: ModuleType,
-) -> tuple[Any, Samples]:
+) -> Prepared:
     """Read the text, load or train the tokenizer, and tokenise: rank 0 first, the others from its cache."""
     in_turn = partial(rank_0_first, attempt.path, rank=arguments.process_index, world_size=arguments.world_size)
     with in_turn("reading"):
@@ -195,6 +198,7 @@ def _prepare(
                 "notice",
                 text=f"the text yields {len(tokenizer)} tokenizer entries of {asked}; the model keeps its planned size",
             )
+    had_template = tokenizer.chat_template is not None
     told = ready_tokenizer(task, plan, documents, tokenizer)
     with in_turn("tokenising"):
         samples = task.prepare_data(plan, documents, tokenizer)
@@ -202,26 +206,22 @@ def _prepare(
         known = fingerprint(plan.recipe.data, documents, samples, tokenizer)
         draws = getattr(task.build_collator(plan, tokenizer), "draws_random_numbers", True)
         samples = replace(samples, train=_repeated(plan, run, arguments, samples.train, known, draws_numbers=draws))
+    found = None
     if arguments.process_index == 0:
         keep_from_data(run, samples.from_data)
-        record(run, journal, fingerprint(plan.recipe.data, documents, samples, tokenizer))
+        found = fingerprint(plan.recipe.data, documents, samples, tokenizer)
+        record(run, journal, found)
         for notice in (*told, *samples.notices):
             journal.append("notice", text=notice)
         tell_padding(plan, samples.train, journal)
-    return tokenizer, samples
+    return Prepared(tokenizer, documents, samples, had_template, found)
 
 
 def tell_padding(plan: Plan, samples: Any, journal: Journal) -> None:
     """Say how much of the batches is padding, by the real lengths, and what other ways to make them would leave."""
-    lengths = lengths_of(samples)
-    if lengths is None or not len(lengths):
+    shares = padding_of(plan, samples)
+    if shares is None:
         return
-    shares = padding_shares(
-        dict(zip(*(found.tolist() for found in np.unique(lengths, return_counts=True)), strict=True)),
-        sequence_length=plan.value("sequence_length"),
-        micro_batch_size=plan.value("micro_batch_size"),
-        multiple=plan.value("pad_to_multiple_of"),
-    )
     is_grouped, padding_free = groups_by_length(plan.recipe), plan.value("padding_free")
     can_pack = plan.value("task") in (Task.CAUSAL_LM, Task.SFT)
     told = describe(shares, plan.value("packing"), is_grouped=is_grouped, padding_free=padding_free, can_pack=can_pack)

@@ -74,6 +74,7 @@ def test_torch_is_imported_in_the_training_folder_alone(path: Path) -> None:
         ["schema"],
         ["formats", "0.1"],
         ["doctor", "quickstart", "--machine", "T4"],
+        ["check", "quickstart", "--no-data"],
         ["train", "quickstart", "--dry-run"],
     ],
     ids=lambda arguments: arguments[0],
