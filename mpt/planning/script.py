@@ -6,6 +6,7 @@ at the script's head. Called by `mpt train --emit-script`.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from mpt.errors import MptError
 from mpt.planning.plan import Plan
@@ -14,6 +15,7 @@ from mpt.planning.script_parts.assembly import Piece, code, embed, join, needed_
 from mpt.planning.script_parts.constants import constants
 from mpt.planning.script_parts.functions import build_arguments, main, read_documents
 from mpt.planning.script_parts.header import header, installed
+from mpt.recipe.sources import COMPRESSED
 from mpt.terms import Packing, Strategy, Task
 
 LONGEST_LINE = 120
@@ -66,6 +68,10 @@ def _refuse(plan: Plan) -> None:
         wishes.append("metrics")
     if "perplexity" in str(plan.training_arguments.get("metric_for_best_model")):
         wishes.append("training.metric_for_best_model: perplexity")
+    if plan.recipe.data.max_bad_rows:
+        wishes.append("data.max_bad_rows")
+    if any(Path(source).suffix.lower() in COMPRESSED for source in needs.sources(plan)):
+        wishes.append("packed files (.gz, .zst)")
     if plan.recipe.data.streaming and "builtin" in needs.kinds(plan):
         wishes.append("data.streaming of the built-in corpus")
     if wishes:

@@ -383,6 +383,8 @@ def test_what_a_recipe_says_comes_through_as_it_was_said() -> None:
         ({"distributed": {"strategy": "fsdp2"}}, "fsdp2"),
         ({"precision": {"mode": "fp8", "fp8": TRANSFORMER_ENGINE}}, "transformer_engine"),
         ({"machine": "2x8xH100"}, "2 nodes"),
+        ({"data": {"source": "a.jsonl", "max_bad_rows": 3}}, "data.max_bad_rows"),
+        ({"data": {"source": ["a.jsonl", "b.jsonl.zst"]}}, "packed files"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -217,6 +217,12 @@ def test_an_integer_beyond_64_bits_is_refused_alone_and_nested(tmp_path: Path) -
         assert refusal(source, read_rows) == f"{source}:1: column x holds an integer beyond 64 bits"
 
 
+@pytest.mark.parametrize("limit", [1.5, -1])
+def test_a_limit_is_a_whole_number_or_a_share(limit: float) -> None:
+    with pytest.raises(ValueError, match="max_bad_rows"):
+        DataSection(source="a.jsonl", max_bad_rows=limit)
+
+
 def test_files_without_a_row_are_refused(tmp_path: Path) -> None:
     assert "has no rows" in refusal(write(tmp_path, "a.jsonl", "\n\n"), read_rows)
     both = [write(tmp_path, "a.jsonl", "\n"), write(tmp_path, "b.jsonl", GOOD)]
