@@ -147,6 +147,8 @@ def _answer(
     loaded: "Chat", messages: list[Message], settings: Mapping[str, Any], *, shows: bool
 ) -> tuple[str, Mapping[str, Any]]:
     """Show an answer while it comes; Ctrl-C ends it."""
+    from mpt.reporting.samples import printable
+
     text = ""
     done: Mapping[str, Any] = {}
     with _ctrl_c_ends_the_answer(loaded):
@@ -154,7 +156,7 @@ def _answer(
             done = told.get("done", done)
             text += told.get("text", "")
             if shows:
-                print(_printable(told.get("text", "")), end="\n" if done else "", flush=True)
+                print(printable(told.get("text", "")), end="\n" if done else "", flush=True)
     return text, done
 
 
@@ -183,11 +185,6 @@ def _note(done: Mapping[str, Any]) -> None:
         _say("[the beginning of the text does not fit and was left out]")
     if done["tokens"] >= done["room"] and not done["interrupted"]:
         _say(f"[cut after {done['tokens']} tokens]")
-
-
-def _printable(text: str) -> str:
-    """Leave out what would steer the terminal: a model may generate anything."""
-    return "".join(sign for sign in text if sign.isprintable() or sign in "\n\t")
 
 
 def _say(text: str) -> None:

@@ -149,6 +149,8 @@ def _emit_script(recipe: str, overrides: list[str], machine: str | None, name: s
     compare = plan.recipe.compare
     if compare is not None:
         _say(f"note: the script does not compare with {compare.to} before it trains, as compare.to asks")
+    if plan.recipe.sample is not None and plan.recipe.sample.every_eval:
+        _say("note: the script generates samples at its end alone, not at each evaluation, as sample.every_eval asks")
 
 
 def _print_dry_run(plan: "Plan", as_json: bool) -> None:
@@ -233,7 +235,9 @@ def _carry_out(
 def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
     from mpt.measuring.compare import read_result
     from mpt.reporting.live import spell_metrics
-    from mpt.reporting.summary import last_sample, summarise
+    from mpt.reporting.samples import gather_samples, last_samples, printable
+    from mpt.reporting.summary import summarise
+    from mpt.running.journal import read_events
     from mpt.running.recovery import Outcome
 
     summary = summarise(run) | {"compare": read_result(run)}
@@ -243,12 +247,9 @@ def _report(run: "RunDirectory", verdict: "Stop | None", as_json: bool) -> None:
         _report_unfinished(run, verdict)
         _report_loss_scale(summary)
         return
-    sample = last_sample(run)
-    if sample is not None:
-        # A model may generate what would steer the terminal.
-        between = "\n" if sample.get("is_answer") else ""
-        written = f"{sample['prompt']}{between}{sample['text']}"
-        text = re.sub(r"\n{3,}", "\n\n", "".join(c for c in written if c.isprintable() or c in "\n\t"))
+    samples = gather_samples(read_events(run.journal))
+    for sample in last_samples(samples) if samples else ():
+        text = re.sub(r"\n{3,}", "\n\n", printable(sample.whole))
         _say(f"\n{text}\n")
     named = (("train", summary["train_loss"]), ("evaluation", summary["eval_loss"]))
     losses = [f"{what} loss {loss:.4f}" for what, loss in named if isinstance(loss, float)]

@@ -54,6 +54,12 @@ def _evaluation(recipe: Recipe) -> Iterator[Flaw]:
             f"{strategy} evaluates, and data.eval_fraction is 0: there is nothing to evaluate on",
             "give data.eval_source, data.eval_split or an eval_fraction above 0",
         )
+    if recipe.sample is not None and recipe.sample.every_eval and strategy == "no":
+        yield Flaw(
+            ("sample", "every_eval"),
+            "has no effect: eval_strategy is no where it is left out",
+            "set training.eval_strategy to steps or epoch",
+        )
     if "eval_steps" in keys and "eval_strategy" not in keys:
         yield Flaw(
             ("training", "eval_steps"),

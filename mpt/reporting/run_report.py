@@ -13,9 +13,10 @@ from mpt.planning.plan import Plan
 from mpt.planning.repair import Change, changes
 from mpt.reporting.findings_text import findings_of, told
 from mpt.reporting.live import spell_metrics
+from mpt.reporting.samples import Sample, gather_samples, one_line
 from mpt.reporting.summary import summarise
 from mpt.running.journal import read_events, spell_non_finite
-from mpt.running.metrics import every_row
+from mpt.running.metrics import evaluations, every_row
 from mpt.running.plan_file import read_plan
 from mpt.running.run_directory import RunDirectory
 
@@ -36,17 +37,23 @@ class AttemptReport:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """A run's summary, as `mpt train --json` has it, its attempts, oldest first, and what its preflight found."""
+    """A run's summary, as `mpt train --json` has it, its attempts, oldest first, what its preflight found, what its
+    evaluations came to, and what its model wrote, both by step."""
 
     summary: Mapping[str, Any]
     attempts: tuple[AttemptReport, ...]
-    preflight: tuple[Finding, ...] = ()
+    preflight: tuple[Finding, ...]
+    evaluations: Mapping[int, Mapping[str, Any]]
+    samples: tuple[Sample, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Give it as JSON values; non-finite numbers are texts."""
         listed = [asdict(attempt) for attempt in self.attempts]
         found = [finding.to_json() for finding in self.preflight]
-        return dict(spell_non_finite({**self.summary, "attempts": listed, "preflight": found}))
+        evaluated = [{"step": step, **came} for step, came in self.evaluations.items()]
+        written = [asdict(sample) for sample in self.samples]
+        more = {"preflight": found, "evaluations": evaluated, "samples": written}
+        return dict(spell_non_finite({**self.summary, "attempts": listed, **more}))
 
 
 def gather_report(run: RunDirectory) -> RunReport:
@@ -72,7 +79,7 @@ def gather_report(run: RunDirectory) -> RunReport:
             )
         )
         before = plan
-    return RunReport(summarise(run), tuple(attempts), findings_of(events))
+    return RunReport(summarise(run), tuple(attempts), findings_of(events), evaluations(run), gather_samples(events))
 
 
 def to_text(report: RunReport) -> str:
@@ -89,7 +96,20 @@ def to_text(report: RunReport) -> str:
     before = told(report.preflight)
     if before:
         lines += ["before it began", *(f"  {line}" for line in before)]
+    if report.evaluations:
+        lines.append("evaluations")
+        lines += [f"  step {step:<6} {_spell(came)}" for step, came in report.evaluations.items()]
+    for prompt in dict.fromkeys(sample.prompt for sample in report.samples):
+        lines.append(f"samples of {one_line(prompt)!r}")
+        same = [sample for sample in report.samples if sample.prompt == prompt]
+        lines += [f"  step {_say(sample.step):<6} {one_line(sample.text) or '(nothing)'}" for sample in same]
     return "\n".join(lines)
+
+
+def _spell(came: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in came.items()
+    )
 
 
 def _told(attempt: AttemptReport) -> Sequence[str]:

@@ -62,11 +62,6 @@ def _skipped(rows: Mapping[int, Mapping[str, Any]], events: Sequence[Mapping[str
     return sum(bool(row.get("skipped")) for row in rows.values()) + len(beyond)
 
 
-def last_sample(run: RunDirectory) -> Mapping[str, Any] | None:
-    """Give the text that the run generated at its end."""
-    return next((event for event in reversed(read_events(run.journal)) if event["kind"] == "sample"), None)
-
-
 def last_log_lines(log: Path, count: int = 3) -> list[str]:
     """Give the last lines of a log that say something: no empty ones, and no frames of a traceback."""
     if not log.exists():

@@ -6,6 +6,10 @@ from typing import Any
 
 from mpt.running.run_directory import RunDirectory
 
+EVALUATED = "eval_"
+# How long it took, in the Trainer's words.
+TIMES = ("runtime", "_per_second", "_time")
+
 
 def read_rows(run: RunDirectory) -> dict[int, dict[str, Any]]:
     """Read the metrics: the valid row of each optimizer step, by step; none where there are no metrics yet."""
@@ -14,6 +18,21 @@ def read_rows(run: RunDirectory) -> dict[int, dict[str, Any]]:
 
 def every_row(run: RunDirectory) -> Iterator[dict[str, Any]]:
     """Read every row of an optimizer step in the order written, those of steps that were made again included."""
+    return (row for row in _rows(run) if "loss" in row)
+
+
+def evaluations(run: RunDirectory) -> dict[int, dict[str, Any]]:
+    """Read what each evaluation came to, by step and name: the loss, and the metrics of the task. Of a step that was
+    evaluated again the later one counts."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in _rows(run):
+        told = {key.removeprefix(EVALUATED): value for key, value in row.items() if key.startswith(EVALUATED)}
+        if told:
+            found[int(row["step"])] = {key: value for key, value in told.items() if not key.endswith(TIMES)}
+    return dict(sorted(found.items()))
+
+
+def _rows(run: RunDirectory) -> Iterator[dict[str, Any]]:
     if not run.metrics.exists():
         return
     for line in run.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -21,7 +40,7 @@ def every_row(run: RunDirectory) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue  # torn by a kill
-        if isinstance(row, dict) and {"loss", "step", "attempt"} <= row.keys():
+        if isinstance(row, dict) and {"step", "attempt"} <= row.keys():
             yield row
 
 

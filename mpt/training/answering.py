@@ -1,6 +1,7 @@
 """A model that is loaded as a chat's plan says, and its answers, told while they are generated."""
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from mpt.planning.plan import Plan
 from mpt.terms import DeviceKind
 from mpt.training.adapters import load_adapters
 from mpt.training.generation import generate, to_prompt
+from mpt.training.precision.apply import DTYPES
 from mpt.training.tasks import task_module
 from mpt.training.tokenizer import load_tokenizer
 
@@ -28,10 +30,16 @@ class Answering:
         self._model = load_adapters(model, adapter).to(self.device)
         self._model.eval()
         self._max_positions = plan.facts.max_positions
+        self._dtype = DTYPES[plan.value("weights_dtype")]
 
     @property
     def has_template(self) -> bool:
         return self.tokenizer.chat_template is not None
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """Let modules that adapters train whole, which are fp32, go with 16-bit ones."""
+        is_narrow = self._dtype is not torch.float32
+        return torch.autocast(self.device.type, self._dtype) if is_narrow else nullcontext()
 
     def answer(
         self, asked: Mapping[str, Any], tell: Callable[[str], None], is_over: Callable[[], bool]
@@ -40,9 +48,14 @@ class Answering:
 
         Raises MptError where the chat template refuses the conversation.
         """
-        limits = {"max_new_tokens": asked["max_new_tokens"], "max_positions": self._max_positions}
         try:
-            prompt = to_prompt(self.tokenizer, asked["messages"], **limits)
+            prompt = to_prompt(
+                self.tokenizer,
+                asked["messages"],
+                max_new_tokens=asked["max_new_tokens"],
+                max_positions=self._max_positions,
+                is_chat=self.has_template,
+            )
         except (TemplateError, ValueError, TypeError) as error:
             raise MptError(
                 f"the chat template refuses the conversation: {' '.join(str(error).split())[:300]}",
@@ -51,15 +64,17 @@ class Answering:
         if asked.get("seed") is not None:
             torch.manual_seed(asked["seed"])
         draws = asked["temperature"] > 0 and asked.get("top_p") is not None
-        tokens = generate(
-            self._model,
-            self.tokenizer,
-            prompt,
-            temperature=asked["temperature"],
-            streamer=Teller(self.tokenizer, tell),
-            stopping_criteria=StoppingCriteriaList([UntilOver(is_over)]),
-            **({"top_p": asked["top_p"]} if draws else {}),
-        )
+        with self._autocast():
+            tokens = generate(
+                self._model,
+                self.tokenizer,
+                prompt,
+                device=self.device,
+                temperature=asked["temperature"],
+                streamer=Teller(self.tokenizer, tell),
+                stopping_criteria=StoppingCriteriaList([UntilOver(is_over)]),
+                **({"top_p": asked["top_p"]} if draws else {}),
+            )
         return {
             "tokens": len(tokens),
             "room": prompt.room,

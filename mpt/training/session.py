@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 import datasets
-import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
@@ -46,6 +45,7 @@ from mpt.training.preflight import Prepared, look
 from mpt.training.progress import heard_by
 from mpt.training.repeated_stream import RepeatedStream, Resume
 from mpt.training.replay import Replay
+from mpt.training.sampling import write_samples
 from mpt.training.saving import full_weights, save_final
 from mpt.training.step_watch import StepWatch
 from mpt.training.tasks import evaluation_of, model_of, ready_tokenizer, special_tokens_of, task_module
@@ -141,6 +141,8 @@ def train(
     if evaluates:
         return _evaluate(trainer, attempt)
     resume_from = None if plan.resume_from is None else str(run.checkpoints / plan.resume_from)
+    if plan.recipe.sample is not None and plan.recipe.sample.every_eval:
+        trainer.write_samples = partial(write_samples, trainer, tokenizer, is_chat=samples.is_chat)
     trackers = Trackers(trainer, journal)
     try:
         trainer.train(resume_from_checkpoint=resume_from)
@@ -342,48 +344,13 @@ def _finish(
         write = partial(save_trained, trained, plan=plan, state_dict=state_dict)
         save_final(run.final, write, tokenizer, state_dict)
     barrier()
-    if plan.recipe.sample is not None:
+    # As with the evaluation: these very weights may have written at the last step.
+    if plan.recipe.sample is not None and (trainer.sampled_at != step or trainer.args.load_best_model_at_end):
         phase("sampling")
-        _sample(plan, trainer, tokenizer, is_chat=is_chat)
+        write_samples(trainer, tokenizer, is_chat=is_chat)
     barrier()
     train_loss = _train_loss(run) if trainer.watch.is_writer else None
     return Finished(step, train_loss, eval_loss, metrics, stopped_early)
-
-
-def _sample(plan: Plan, trainer: PlanTrainer, tokenizer: Any, *, is_chat: bool) -> None:
-    """Generate from the recipe's prompt. Every rank takes part where the weights are divided (ZeRO-3)."""
-    section = plan.recipe.sample
-    assert section is not None
-    is_divided = trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() == 3
-    if not (trainer.watch.is_writer or is_divided):
-        return
-    model = trainer.model
-    model.eval()
-    text = section.prompt
-    if is_chat:
-        asked = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    prompt = tokenizer(text, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id or 0]
-    room = section.max_new_tokens
-    if plan.facts.max_positions is not None:
-        prompt = prompt[: plan.facts.max_positions - 1]
-        room = min(room, plan.facts.max_positions - len(prompt))
-    tokens = torch.tensor([prompt], device=trainer.args.device)
-    torch.manual_seed(trainer.args.seed)
-    with torch.no_grad(), trainer.accelerator.autocast():  # modules trained whole are fp32 in a 16-bit model
-        written = model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=room,
-            do_sample=section.temperature > 0,
-            temperature=section.temperature or None,
-            use_cache=True,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            synced_gpus=is_divided,
-        )
-    if trainer.watch.is_writer:
-        text = tokenizer.decode(written[0][len(prompt) :], skip_special_tokens=True)
-        trainer.journal.append("sample", prompt=section.prompt, text=text, is_answer=is_chat)
 
 
 def _train_loss(run: RunDirectory) -> float | None:

@@ -68,6 +68,9 @@ class PlanTrainer(Trainer):
         self.audit = audit
         self.measurement = Measurement(run.attempt(watch.attempt), is_writer=watch.is_writer)
         self.last_evaluation: tuple[int, float | None, dict[str, float]] | None = None
+        self.write_samples: Callable[[], None] | None = None
+        """What is called after each evaluation of the training."""
+        self.sampled_at: int | None = None
         self.reduction: ReduceIn | None = None
         self.evidence = Evidence()
         self.order: DataOrder | None = None
@@ -295,6 +298,10 @@ class PlanTrainer(Trainer):
         plain = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
         self.watch.write_row(**{"step": self.state.global_step, "attempt": self.watch.attempt} | plain)
         if self.is_in_train:
+            if self.write_samples is not None:
+                self._phase("sampling")
+                self.write_samples()
+                self.sampled_at = self.state.global_step
             self._phase("training")
         return metrics
 

@@ -139,6 +139,7 @@ def test_the_run_directory_is_what_the_readme_says(quickstart: tuple[Path, str])
     assert "compare/" in names  # of a comparison, which the quickstart does not make
     # The first checkpoint is pruned by now, and nothing went wrong; what an attempt holds is looked at below.
     missing = {"checkpoints/checkpoint-50/", "compare/", "incidents/0001/", "step-rankR.safetensors,", "heartbeat-R:"}
+    missing |= {"tensorboard/"}  # no tracker is asked for
     assert [name for name in names if name not in missing and not (path / name).exists()] == []
     for name in ("plan.json", "command.txt", "worker.log", "audit.json", "heartbeat-0"):
         assert (path / "attempts/001" / name).is_file(), name

@@ -31,7 +31,8 @@ def turns(count: int) -> list[dict[str, str]]:
 
 
 def prompt(tokenizer: Any, messages: list[dict[str, str]], new: int = 8, positions: int | None = None) -> Any:
-    return to_prompt(tokenizer, messages, max_new_tokens=new, max_positions=positions)
+    is_chat = tokenizer.chat_template is not None
+    return to_prompt(tokenizer, messages, max_new_tokens=new, max_positions=positions, is_chat=is_chat)
 
 
 def test_a_conversation_goes_through_the_chat_template(chatting: Any) -> None:

@@ -318,6 +318,7 @@ def test_required_keys_that_are_missing_are_shown_as_they_are_written(folder: Pa
         ("training: {load_best_model_at_end: true, eval_strategy: steps, eval_steps: 4, save_steps: 6}",
          "training.save_steps", "4"),
         ("quantization: {}", "quantization", "lora"),
+        ("sample: {prompt: hello, every_eval: true}", "sample.every_eval", "eval_strategy"),
         ("training: {dataloader_persistent_workers: true}", "training.dataloader_persistent_workers", "number"),
         ("task: masked_lm\nsample: hello", "sample", "leave it out"),
     ],

@@ -158,7 +158,7 @@ def _sample(plan: Plan) -> list[str]:
     if section is None:
         return []
     values = {
-        "PROMPT": section.prompt,
+        "PROMPTS": section.prompts,
         "MAX_NEW_TOKENS": section.max_new_tokens,
         "TEMPERATURE": section.temperature,
         "MAX_POSITIONS": plan.facts.max_positions,
