@@ -50,7 +50,8 @@ def choose_template(
             raise MptError(
                 f"data.chat_template: {asked} needs the tokens {' '.join(missing)}, which the tokenizer lacks, and "
                 + ("adapters leave the embeddings frozen" if not learns_tokens else "the model's vocabulary is full"),
-                remedy=f"Choose one that needs none ({', '.join(ENDS_WITH_EOS)}), or leave data.chat_template out.",
+                remedy=f"Choose one that needs none ({', '.join(ENDS_WITH_EOS)}), or leave data.chat_template out."
+                + ("" if learns_tokens else " Or train them: lora.modules_to_save: [embed_tokens, lm_head]."),
             )
         return TemplateChoice(asked, missing, "the recipe asks for it")
     if has_own:

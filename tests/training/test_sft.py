@@ -151,6 +151,28 @@ def test_adapters_on_a_base_without_a_template_learn_in_one_that_needs_no_new_to
     assert (run.directory.final / "chat_template.jinja").read_text().startswith("{{- bos_token -}}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("saved", "template"), [(["embed_tokens", "lm_head"], "chatml"), (["embed_tokens"], "vicuna")])
+def test_adapters_learn_new_tokens_where_both_their_tables_are_trained(
+    saved: list[str], template: str, make: Callable[..., Run], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = Path(save_base(tmp_path / "base"))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(520)  # as models that are padded for the matrix units have room
+    model.save_pretrained(base)
+    run = make(
+        model={"name_or_path": str(base), "config": None},
+        tokenizer=None,
+        lora={"rank": 4, "modules_to_save": saved},
+        data={"sequence_length": 64},
+        training={"max_steps": 2},
+    )
+    assert run.train() == 0, run.log()
+    assert f"conversations are written as {template}" in " ".join(run.texts("notice", "text"))
+
+
 def test_the_built_in_recipe_trains(tmp_path: Path) -> None:
     small = ["training.max_steps=2", "training.eval_steps=2", "model.config.hidden_size=64", "precision=fp32"]
     run = Run(RunDirectory(tmp_path), load_recipe(find_recipe("python-answers"), small))

@@ -55,7 +55,7 @@ def ready_tokenizer(plan: Plan, documents: Documents | None, tokenizer: PreTrain
         tokenizer,
         plan.recipe.data.chat_template,
         vocab_size=plan.facts.vocab_size,
-        learns_tokens=plan.value("method") == Method.FULL,
+        learns_tokens=_learns_tokens(plan),
     )
 
 
@@ -76,6 +76,16 @@ def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenize
 def build_collator(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], dict[str, Any]]:
     """Build what turns samples into a batch."""
     return collation.build_collator(plan, tokenizer)
+
+
+def _learns_tokens(plan: Plan) -> bool:
+    """Whether the tables of the tokens are trained: with every weight, or whole beside adapters."""
+    if plan.value("method") == Method.FULL:
+        return True
+    saved = {name.rpartition(".")[2] for name in plan.recipe.lora.modules_to_save} if plan.recipe.lora else set()
+    return bool(saved & {"embed_tokens", "wte", "embed_in"}) and (
+        plan.facts.tied_embeddings or bool(saved & {"lm_head", "embed_out"})
+    )
 
 
 def _has_messages(documents: Documents) -> bool:
