@@ -10,6 +10,7 @@ CONSIDERED = (
     "bitsandbytes",
     "datasets",
     "deepspeed",
+    "liger_kernel",
     "peft",
     "scipy",
     "sklearn",

@@ -5,6 +5,7 @@ Counted here on the modules of transformers 5.23, and held against torch's own a
 `tests/training/test_memory_against_torch.py`.
 """
 
+from mpt.planning.loss import chunk_tokens
 from mpt.planning.workload import BYTES, Workload
 from mpt.terms import Attention, Method, Strategy, Task
 
@@ -117,8 +118,16 @@ def logits_bytes(work: Workload) -> float:
     """Logits on their way into the loss and their gradients on the way out.
 
     The loss is taken in fp32 (transformers/loss/loss_utils.py, ForCausalLMLoss): at the turn a token holds the
-    log-softmax and two gradients of the width of the vocabulary.
+    log-softmax and two gradients of the width of the vocabulary. In chunks (`mpt/training/precision/chunked_loss.py`) as many stand
+    for one chunk, and the gradients of all hidden states and of a trained head in fp32, with one chunk's share of it; as
+    in Liger's kernel, whose chunks are smaller.
     """
     if work.task is Task.SEQUENCE_CLASSIFICATION:
         return 0.0
-    return work.tokens * work.facts.vocab_size * 12
+    facts = work.facts
+    if work.loss == "full":
+        return work.tokens * facts.vocab_size * 12
+    at_once = min(work.tokens, chunk_tokens(facts.vocab_size, on_cpu=work.on_cpu))
+    head = facts.vocab_size * facts.hidden_size * (8 if work.method is Method.FULL else 0)
+    hidden = work.tokens * facts.hidden_size * (2 if work.computes_in_half else 4)
+    return at_once * facts.vocab_size * 12 + hidden + head

@@ -5,6 +5,7 @@ A Plan holds no "auto". The worker reads it and decides nothing; a restart write
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from mpt.errors import MptError, StorageError
@@ -18,6 +19,7 @@ from mpt.planning.decision import Decision, Origin, Rejected
 from mpt.planning.deepspeed import to_deepspeed
 from mpt.planning.float8_engine import check_recomputed, choose_compile, choose_float8
 from mpt.planning.layers import check_tied, choose_layers, island_dtypes, keeps_mlp_wide
+from mpt.planning.loss import choose_loss
 from mpt.planning.memory import MemoryEstimate
 from mpt.planning.metrics import choose_early_stopping, choose_metrics
 from mpt.planning.model_facts import ModelFacts
@@ -155,9 +157,19 @@ def resolve(
     packing = choose_packing(recipe, facts.model_type, attention.value)
     padding_free = choose_padding_free(recipe.task, packing.value, attention.value, facts.model_type)
     sequence_length = _sequence_length(recipe, facts)
+    loss_of = partial(choose_loss, recipe, machine, facts, precision.value, layers=layers.value, packages=packages)
     layout = choose_layout(
-        recipe, machine, facts, precision.value, attention.value, sequence_length.value, has_islands, modules
+        recipe,
+        machine,
+        facts,
+        precision.value,
+        attention.value,
+        sequence_length.value,
+        has_islands,
+        modules,
+        loss_of=lambda strategy: loss_of(strategy=strategy).value,
     )
+    loss = loss_of(strategy=layout.strategy.value)
     compile_ = choose_compile(recipe, fp8.value, layout.strategy.value)
     check_recomputed(fp8.value, gradient_checkpointing=layout.gradient_checkpointing.value)
     method = _method(recipe)
@@ -178,6 +190,7 @@ def resolve(
         by_deepspeed_autocast=has_islands and layout.strategy.value.zero_stage is not None,
         compiles=compile_.value,
         has_even_batches=packing.value is Packing.BLOCKS,
+        by_liger=loss.value == "liger",
     ) | tracker_arguments(trackers.value, recipe, name)
     values: dict[str, Decision[Any]] = {
         "task": _asked_or_default(recipe, "task", recipe.task.value, "predict the next token"),
@@ -194,6 +207,7 @@ def resolve(
         "tf32": _tf32(precision.value, machine, has_fp32_islands="fp32" in islands.values()),
         "compile": compile_,
         "attention": attention,
+        "loss": loss,
         "distributed.strategy": layout.strategy,
         "offload": layout.offload,
         "gradient_checkpointing": layout.gradient_checkpointing,

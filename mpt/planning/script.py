@@ -129,6 +129,7 @@ def _embedded(plan: Plan) -> list[Piece]:
     names = ["islands"] * bool(needs.islands(plan))
     names += ["float8_linear"] * bool(needs.float8_modules(plan))
     names += ["pure_bf16"] * needs.has_own_optimizer(plan)
+    names += ["chunked_loss"] * (plan.value("loss") == "chunked")
     names += ["loss_scaling"] * needs.embeds_scaler(plan)
     names += ["reduction"] * needs.reduces_by_hook(plan)
     return [embed(name) for name in needed_by(names)]

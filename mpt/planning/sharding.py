@@ -14,8 +14,8 @@ An option that fits only so small a micro batch that a pass holds fewer than 204
 one of 1 to 4 has room: small passes leave the matrix units idle. Offload is tried only where nothing else fits.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpt.errors import MptError
@@ -120,9 +120,10 @@ def choose_layout(
     sequence_length: int,
     has_islands: bool = False,
     modules: Sequence[ModuleShape] | None = None,
+    loss_of: Callable[[Strategy], str] = lambda strategy: "full",
 ) -> Layout:
     """Choose the layout; `memory.fits` is False where nothing that the recipe leaves open fits. `modules` are those of
-    `mpt.planning.plan.resolve`.
+    `mpt.planning.plan.resolve`; `loss_of` says how the loss is computed under a strategy (`mpt.planning.loss`).
 
     Raises MptError for wishes that contradict each other, UnsupportedError for those that the machine can't fulfil.
     """
@@ -153,6 +154,7 @@ def choose_layout(
                 has_islands,
                 trained,
             )
+            work = replace(work, loss=loss_of(option.strategy))
         except MptError as error:
             if option.strategy is Strategy.SINGLE:
                 raise

@@ -35,6 +35,7 @@ def to_training_arguments(
     by_deepspeed_autocast: bool = False,
     compiles: bool = False,
     has_even_batches: bool = True,
+    by_liger: bool = False,
 ) -> dict[str, Any]:
     """Build the keywords, less output_dir and deepspeed, which the worker knows.
 
@@ -69,6 +70,8 @@ def to_training_arguments(
         keywords["metric_for_best_model"] = best
     if best is not None and "greater_is_better" not in asked:
         keywords["greater_is_better"] = not is_less_better(best)  # transformers goes by the word "loss" alone
+    if by_liger:
+        keywords["use_liger_kernel"] = True
     if compiles:
         keywords["torch_compile"] = True
     if precision is Precision.TF32:

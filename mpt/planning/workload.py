@@ -48,6 +48,7 @@ class Workload:
     adapter_outputs: int = 0
     has_dora: bool = False
     quantized_parameters: int = 0
+    loss: str = "full"  # as `mpt.planning.loss` has it
     master_weights_dtype: str = "fp32"
     keeps_compensation: bool = False  # Kahan summation: a second 16-bit number a weight
 

@@ -45,6 +45,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "kernels-community/flash-attn4": ("flash_attn_4",),
     "kernels-community/aiter-flash-attn": ("flash_attn_2",),
 }
+LOSS_TOLERANCE = 1e-3  # relative; the two differ by the order of a sum in fp32, about 1e-7
 SCALER_KEYS = ("growth_factor", "backoff_factor", "growth_interval")
 
 
@@ -93,6 +94,7 @@ class Audit:
             plan.value("gradient_checkpointing"),
             bool(getattr(findings.plain_model(trainer), "is_activation_checkpointing", False)),
         )
+        self._loss(trainer)
         self._compare("compile", plan.value("compile"), findings.is_compiled(trainer))
         self._compare("tf32", plan.value("tf32"), findings.allows_tf32())
         self._optimizer(trainer, engine)
@@ -271,6 +273,16 @@ class Audit:
         self._compare(
             "master_weights_dtype", [plan.value("master_weights_dtype")], findings.master_dtypes(trainer, islands)
         )
+
+    def _loss(self, trainer: "PlanTrainer") -> None:
+        """By which code the loss is computed; and that a chunked one is the model's own, on a few tokens."""
+        found = findings.loss(trainer)
+        self._compare("loss", self.plan.value("loss"), found)
+        if found == "chunked":
+            own, chunked = findings.both_losses(trainer)
+            are_finite = math.isfinite(own) and math.isfinite(chunked)  # a replay may have weights that are not
+            same = abs(own - chunked) <= LOSS_TOLERANCE * abs(own) if are_finite else not math.isfinite(own + chunked)
+            self._compare("chunked loss", "the model's own", "the model's own" if same else f"{chunked:g} for {own:g}")
 
     def _loss_scale(self, trainer: "PlanTrainer", engine: Any) -> None:
         planned = self.plan.value("loss_scale")

@@ -1,7 +1,9 @@
 """What really runs, read from the live objects: model, engine, optimizer, scaler, flags. Nothing is judged here:
 `mpt.training.audit` compares."""
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -213,6 +215,41 @@ def loss_scale(trainer: "PlanTrainer", engine: Any) -> dict[str, Any] | None:
     }
 
 
+def loss(trainer: "PlanTrainer") -> str:
+    """Name what computes the loss: `chunked` (mpt's), `liger`, or `full`, the model's own."""
+    model = plain_model(trainer)
+    if hasattr(model, "own_forward"):
+        return "chunked"
+    forward = inspect.unwrap(getattr(model.forward, "__func__", model.forward))
+    return "liger" if str(getattr(forward, "__module__", "")).startswith("liger_kernel") else "full"
+
+
+def both_losses(trainer: "PlanTrainer") -> tuple[float, float]:
+    """Compute the loss of a few tokens as the model does by itself, and in chunks; leave no trace of it."""
+    model = plain_model(trainer)
+    tokens = torch.arange(2 * PROBE_TOKENS, device=trainer.args.device).reshape(2, PROBE_TOKENS)
+    tokens = tokens % model.config.get_text_config().vocab_size
+    found = []
+    with unseen(trainer), trainer.accelerator.autocast():
+        for forward in (model.own_forward, model.forward):
+            torch.manual_seed(0)  # the same dropout
+            found.append(forward(input_ids=tokens, labels=tokens).loss.item())
+    return found[0], found[1]
+
+
+@contextmanager
+def unseen(trainer: "PlanTrainer") -> Iterator[None]:
+    """Surround a forward pass that is no part of the training: eager, without gradients, the random state restored."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.random.fork_rng(devices=devices),
+        torch.no_grad(),
+        trainer.compute_loss_context_manager(),
+    ):
+        yield
+
+
 def watch_autocast(trainer: "PlanTrainer", note: Callable[[str | None], None]) -> None:
     """Tell `note` once which dtype autocast has where the first linear layer runs; None: autocast is off there."""
     modules = matmul_modules(planned_modules(trainer), but=())
@@ -228,12 +265,6 @@ def watch_autocast(trainer: "PlanTrainer", note: Callable[[str | None], None]) -
 
 def run_eagerly(trainer: "PlanTrainer") -> None:
     """Run one small forward pass with every compiled region left uncompiled, and leave no trace of it."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
     tokens = torch.zeros((1, PROBE_TOKENS), dtype=torch.int64, device=trainer.args.device)
-    with (
-        torch.compiler.set_stance("force_eager"),
-        torch.random.fork_rng(devices=devices),
-        torch.no_grad(),
-        trainer.compute_loss_context_manager(),
-    ):
+    with unseen(trainer):
         trainer.model_wrapped(input_ids=tokens)

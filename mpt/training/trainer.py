@@ -19,6 +19,7 @@ from transformers.trainer_utils import has_length
 
 from mpt.errors import MptError, UnsupportedError
 from mpt.planning.data_window import windows_of
+from mpt.planning.loss import chunk_tokens
 from mpt.planning.plan import Plan
 from mpt.running.journal import Journal
 from mpt.running.run_directory import RunDirectory
@@ -29,6 +30,7 @@ from mpt.training.checkpointing import Saver
 from mpt.training.data_order import SAMPLE_IDS, SAMPLE_TOKENS, DataOrder, Placed, PlacedCollator, keep_order
 from mpt.training.dead_adapters import unreached_adapters
 from mpt.training.early_stopping import EarlyStop
+from mpt.training.findings import plain_model
 from mpt.training.finite import bad_gradients, bad_weights
 from mpt.training.gradient_capture import Measurement
 from mpt.training.health import Action, Code, Verdict
@@ -37,6 +39,7 @@ from mpt.training.metrics import metrics_in, perplexity
 from mpt.training.outcome import Diverged, Stopped
 from mpt.training.packing import LENGTHS, lengths_of
 from mpt.training.precision.apply import DTYPES, fp8_context, fp8_recomputes, fp32_buffers, restore_buffers
+from mpt.training.precision.chunked_loss import foretold_scale, install_chunked_loss
 from mpt.training.precision.loss_scaling import build_scaler, hold_deepspeed_knobs, scale_at_floor
 from mpt.training.precision.reduction import ReduceIn, reduce_in
 from mpt.training.precision.transformer_engine import checkpoint_contexts
@@ -86,6 +89,9 @@ class PlanTrainer(Trainer):
             # Their models take any keyword, and their losses are means over a micro batch all the same: the Trainer
             # would not divide by the micro batches, and multiply by the processes (transformers 5.23, compute_loss).
             self.model_accepts_loss_kwargs = False
+        if plan.value("loss") == "chunked":
+            tokens = chunk_tokens(plan.facts.vocab_size, on_cpu=plan.machine.is_cpu)
+            install_chunked_loss(plain_model(self), tokens, lambda: foretold_scale(self.scaler))
         self.pad_token_id = getattr(self.model.config, "pad_token_id", None)
         self.add_callback(StepHooks(self))
         self.early_stop = EarlyStop.of(plan)

@@ -16,7 +16,8 @@
 - `{"detached": "layers.1.mlp"}`: nothing flows back through the modules whose names end so;
 - `{"loss_raised": {"by": 5.0, "at": [[20, 25]]}}`: it is so much higher from step to step, with the same gradients;
 - `{"raises_at": 3, "naming": ["HF_TOKEN"]}`: step 3 raises, and says what these environment variables hold, as
-  libraries do with the request that failed; `{"finds_libraries": true}`: it imports from the folder `$LIBRARIES` too.
+  libraries do with the request that failed; `{"finds_libraries": true}`: it imports from the folder `$LIBRARIES` too;
+- `{"logits_times": 2.0}`: a Llama takes its loss from so many times its head's output.
 
 `"in_attempts": [1, 2]` keeps a fault to those; a list of faults is all of them.
 """
@@ -50,6 +51,11 @@ def install_one(fault: dict[str, Any]) -> None:
 
     if fault.get("finds_libraries"):
         sys.path.insert(0, os.environ["LIBRARIES"])
+    if "logits_times" in fault:
+        own = transformers.loss.loss_utils.ForCausalLMLoss
+        transformers.LlamaForCausalLM.loss_function = staticmethod(
+            lambda logits, **keywords: own(logits * fault["logits_times"], **keywords)
+        )
     base, struck = transformers.Trainer, [0]
     compute_loss = base.compute_loss
 

@@ -11,11 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mpt.hardware.specs import parse_machine
 from mpt.planning.adapters import trained_sizes
+from mpt.planning.loss import chunk_tokens
 from mpt.planning.memory import estimate_memory
 from mpt.planning.model_facts import facts_from_config
 from mpt.planning.workload import Workload
 from mpt.recipe.schema import Recipe
 from mpt.terms import Attention, Feature, Method, Strategy, Task
+from mpt.training.precision.chunked_loss import install_chunked_loss
 
 BATCH, LENGTH = 4, 256
 # Activations, logits and model states all weigh: 7 M parameters, 1024 tokens.
@@ -51,6 +53,7 @@ def measured_mib(
     checkpointing: bool,
     attention: str,
     lora: dict[str, Any] | None = None,
+    loss: str = "full",
 ) -> float:
     """Run a step and follow every allocation: the highest sum of weights, states and what the step holds."""
     torch.set_num_threads(1)  # small operations on shared cores: several threads take several times as long
@@ -60,6 +63,8 @@ def measured_mib(
     model.config.use_cache = False
     if lora is not None:
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=8, **lora))
+    if loss == "chunked":
+        install_chunked_loss(model, chunk_tokens(config["vocab_size"], on_cpu=True))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -99,6 +104,7 @@ def estimated_mib(
     checkpointing: bool,
     attention: str,
     lora: dict[str, Any] | None = None,
+    loss: str = "full",
 ) -> float:
     facts = facts_from_config(config)
     assert facts is not None
@@ -127,6 +133,7 @@ def estimated_mib(
         micro_batch_size=BATCH,
         gradient_checkpointing=checkpointing,
         **adapters,
+        loss=loss,
     )
     estimate = estimate_memory(work)
     return (estimate.peak_gib - estimate.parts_gib["overhead"]) * 1024
@@ -177,3 +184,14 @@ def test_what_adapters_keep_is_counted(lora: dict[str, Any], weights: str, autoc
     skip_where_bf16_takes_minutes(autocast)
     how = {"weights": weights, "autocast": autocast, "checkpointing": False, "attention": "sdpa", "lora": lora}
     assert estimated_mib(FEW_TOKENS, **how) == pytest.approx(measured_mib(FEW_TOKENS, **how), rel=0.1)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_in_chunks_the_logits_of_a_large_vocabulary_take_what_is_estimated_and_the_peak_falls(autocast: bool) -> None:
+    skip_where_bf16_takes_minutes(autocast)
+    config = LLAMA | {"vocab_size": 32768, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
+    how = {"weights": "fp32", "autocast": autocast, "checkpointing": False, "attention": "sdpa"}
+    measured = measured_mib(config, **how, loss="chunked")
+    assert estimated_mib(config, **how, loss="chunked") == pytest.approx(measured, rel=0.1)
+    # The logits of 1024 tokens: fp32, thrice, are 384 MiB.
+    assert measured < measured_mib(config, **how) - 250

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from mpt.planning.loss import chunk_tokens
 from mpt.planning.peft_keywords import to_bitsandbytes_config, to_lora_config
 from mpt.planning.plan import Plan
 from mpt.planning.script_parts.assembly import comment, literal
@@ -127,6 +128,9 @@ def _precision(plan: Plan) -> list[str]:
         lines.append(_constant("ROUNDING", plan.value("rounding")))
         lines.append(f"OPTIMIZER_STATE_DTYPE = {TORCH_DTYPES[plan.value('optimizer_state_dtype')]}")
         lines.append(_constant("MASTER_WEIGHTS", plan.value("master_weights_dtype") == "fp32"))
+    if plan.value("loss") == "chunked":
+        lines.append(comment("The logits of so many tokens stand at a time."))
+        lines.append(_constant("LOSS_TOKENS", chunk_tokens(plan.facts.vocab_size, on_cpu=plan.machine.is_cpu)))
     if reduces_by_hook(plan):
         lines.append(f"REDUCE_DTYPE = {TORCH_DTYPES[plan.value('reduce_dtype')]}")
     return lines

@@ -102,6 +102,16 @@ def _shape_model(plan: Plan) -> list[str]:
     return lines + ["    beginning = keep_beginning(model)"] * (needs.save(plan) == "converted_save")
 
 
+def _chunk_loss(plan: Plan) -> list[str]:
+    if plan.value("loss") != "chunked":
+        return []
+    model = "model" if plan.recipe.lora is None else "model.get_base_model()"
+    return [
+        '    scaler = getattr(trainer.accelerator, "scaler", None)',
+        f"    install_chunked_loss({model}, LOSS_TOKENS, lambda: foretold_scale(scaler))",
+    ]
+
+
 def main(plan: Plan, trainer: str) -> str:
     """Write `main`; `trainer` names the class that trains."""
     shaping, converts = _shape_model(plan), needs.save(plan) == "converted_save"
@@ -137,6 +147,7 @@ def main(plan: Plan, trainer: str) -> str:
         "        processing_class=tokenizer,",
         *["        optimizer_cls_and_kwargs=pure_bf16_optimizer(arguments),"] * needs.has_own_optimizer(plan),
         "    )",
+        *_chunk_loss(plan),
         "    trainer.train(resume_from_checkpoint=options.resume or None)",
         "    trainer.save_state()  # every loss that was logged, in trainer_state.json",
         *["    if held_out_samples is not None:", "        trainer.evaluate()"] * needs.evaluates(plan),
