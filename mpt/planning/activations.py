@@ -118,9 +118,9 @@ def logits_bytes(work: Workload) -> float:
     """Logits on their way into the loss and their gradients on the way out.
 
     The loss is taken in fp32 (transformers/loss/loss_utils.py, ForCausalLMLoss): at the turn a token holds the
-    log-softmax and two gradients of the width of the vocabulary. In chunks (`mpt/training/precision/chunked_loss.py`) as many stand
-    for one chunk, and the gradients of all hidden states and of a trained head in fp32, with one chunk's share of it; as
-    in Liger's kernel, whose chunks are smaller.
+    log-softmax and two gradients of the width of the vocabulary. In chunks (mpt/training/precision/chunked_loss.py) as
+    many stand for one chunk, and the gradients of all hidden states and of a trained head in fp32, with one chunk's
+    share of it; as in Liger's kernel, whose chunks are smaller.
     """
     if work.task is Task.SEQUENCE_CLASSIFICATION:
         return 0.0

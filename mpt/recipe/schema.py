@@ -75,9 +75,9 @@ class Recipe(Section):
     """The attention implementation, in transformers' names. auto: the fastest that device, precision, model and
     installed packages allow. A name with a slash is a kernel that the package `kernels` fetches from the hub."""
     loss: Literal["auto", "chunked", "full", "liger"] = "auto"
-    """How the cross entropy over the vocabulary is computed. chunked: some tokens' logits at a time, the same number for
-    less memory. full: all logits at once, in fp32. liger: by the kernels of liger-kernel, on a GPU. auto: liger where it
-    is installed and knows the model, else chunked where the model's loss is taken from the head's output as it is."""
+    """How the cross entropy over the vocabulary is computed. chunked: some tokens' logits at a time, the same number
+    for less memory. full: all logits at once, in fp32. liger: by the kernels of liger-kernel, on a GPU. auto: liger
+    where it is installed and knows the model, else chunked where the loss is taken from the head's output as it is."""
     global_batch_size: PositiveInt | None = None
     """Samples an optimizer step, over all devices and accumulation steps."""
     micro_batch_size: PositiveInt | None = None
