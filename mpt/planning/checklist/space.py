@@ -18,19 +18,21 @@ def logits(case: Case) -> Verdict:
     plan = case.plan
     if plan.value("task") == Task.SEQUENCE_CLASSIFICATION:
         return not_applicable("a handful of classes: the logits are small")
-    takes = plan.memory.parts_gib.get("logits", 0.0)
-    if plan.recipe.training_keys.get("use_liger_kernel"):
-        return ticked("Liger's kernel computes the loss in chunks")
+    decision, takes = plan.values["loss"], plan.memory.parts_gib.get("logits", 0.0)
+    if decision.value != "full":
+        return ticked(f"loss {decision.value}: {decision.reason}")
     if takes < SMALL_SHARE * plan.memory.peak_gib:
         return ticked(f"they take {takes:.2f} GiB of {plan.memory.peak_gib:.1f}")
-    if plan.machine.kind not in (DeviceKind.CUDA, DeviceKind.ROCM):
-        return not_applicable(f"they take {takes:.2f} GiB; Liger's kernel, which needs none of it, is for GPUs")
-    freed = case.freed_gib(case.with_only({"training.use_liger_kernel": True}))
+    keys = {"loss": "auto"}
+    other = case.with_only(keys)
+    if other is None or other.value("loss") == "full":
+        against = "; ".join(f"{option.value}: {option.reason}" for option in decision.rejected)
+        return not_applicable(f"they take {takes:.2f} GiB, and nothing else computes this loss ({against})")
     return to_gain(
         f"a vocabulary of {plan.facts.vocab_size} takes {takes:.1f} GiB of {plan.memory.peak_gib:.1f}",
-        {"training.use_liger_kernel": True},
-        memory_gib=freed or None,
-        gain="head and loss in one kernel, chunk by chunk (Hsu et al. 2024); needs `pip install liger-kernel`",
+        keys,
+        memory_gib=case.freed_gib(other) or None,
+        gain="head and loss chunk by chunk (Hsu et al. 2024)",
     )
 
 
