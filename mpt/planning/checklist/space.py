@@ -4,7 +4,7 @@ from mpt.planning.checklist.point import Case, Verdict, not_applicable, ticked, 
 from mpt.planning.memory import optimizer_bytes_per_parameter
 from mpt.planning.plan import Plan
 from mpt.planning.speed import bandwidth_gb_s, matmul_seconds, passes
-from mpt.terms import DeviceKind, Feature, Method, OffloadDevice, Strategy, Task
+from mpt.terms import Feature, Method, OffloadDevice, Strategy, Task
 
 CHECKPOINTING_KEYS = ("gradient_checkpointing", "activation_checkpointing")  # of TrainingArguments
 SMALL_SHARE = 0.1
