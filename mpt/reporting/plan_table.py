@@ -26,7 +26,7 @@ def print_plan(plan: Plan) -> None:
     )
     for key, decision in plan.values.items():
         is_list = key == "layers" and decision.value is not None
-        value = count_layers(decision.value) if is_list else shown(decision.value)
+        value = count_layers(decision.value) if is_list else shown(gathered(decision.value))
         console.print(Text.assemble((f"{key}: ", "bold"), (value, "cyan"), f"  ({decision.origin})"))
         if is_list:
             console.print(Padding(_layer_table(decision.value["modules"]), (0, 0, 0, 4)))
@@ -113,6 +113,23 @@ def _ranges(numbers: Sequence[int]) -> str:
             runs.append([number])
     written = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs]
     return f"{{{','.join(written)}}}"
+
+
+def gathered(value: Any) -> Any:
+    """Write the modules that a value lists as one name with the numbers' range, where they differ in it alone.
+
+    >>> gathered({"layers": 2, "target_modules": ["h.0.up", "h.1.up"]})
+    {'layers': 2, 'target_modules': ['h.{0,1}.up']}
+    """
+    if not isinstance(value, Mapping):
+        return value
+    same = {"precision": "", "reason": ""}
+    return {
+        key: [name for name, *_ in group_layers([{"name": name, **same} for name in listed])]
+        if key in ("target_modules", "skipped") and isinstance(listed, list)
+        else listed
+        for key, listed in value.items()
+    }
 
 
 def shown(value: Any) -> str:

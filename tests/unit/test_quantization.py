@@ -10,8 +10,11 @@ from mpt.hardware.specs import parse_machine
 from mpt.planning.model_facts import facts_from_config, known_models, learn_model_facts
 from mpt.planning.plan import Plan, resolve
 from mpt.planning.quantization import quantized_parameters
+from mpt.recipe.catalog import find_recipe
+from mpt.recipe.load import load_recipe
 from mpt.recipe.schema import Recipe
 from mpt.recipe.schema_errors import validate
+from mpt.reporting.plan_table import print_plan
 from mpt.terms import DeviceKind, Feature
 from tests.unit.module_lists import LLAMA, llama_modules
 
@@ -110,6 +113,23 @@ def test_a_quantized_layer_has_no_format_of_its_own() -> None:
         small_plan(**layers)
     assert small_plan(**layers, quantization={"skip_modules": ["up_proj"]})
     assert small_plan(precision={"mode": "bf16", "layers": {"lm_head": "fp32"}})
+
+
+def test_the_7b_recipe_fits_one_24_gb_card_and_a_t4() -> None:
+    recipe = load_recipe(find_recipe("llama2-7b-qlora"))
+    for card, precision, gib in (("RTX 4090", "bf16", 24), ("T4", "fp16", 15)):
+        plan = resolve(recipe, parse_machine(card), learn_model_facts(recipe), name="a")
+        assert plan.memory.fits and plan.memory.peak_gib < gib
+        assert (plan.value("precision"), plan.value("quantization")["compute_dtype"]) == (precision, precision)
+        assert plan.value("adapters")["trainable_parameters"] == 159_907_840
+        assert plan.training_arguments["activation_checkpointing_kwargs"] == {"use_reentrant": False}
+
+
+def test_a_plan_shows_listed_layers_gathered(capsys: pytest.CaptureFixture[str]) -> None:
+    print_plan(small_plan(lora={"target_modules": ["q_proj"]}, quantization={"skip_modules": ["mlp"]}))
+    shown = "".join(capsys.readouterr().out.split())
+    assert '"target_modules":["model.layers.{0..2}.self_attn.q_proj"]' in shown
+    assert '"skipped":["model.layers.{0..2}.mlp.gate_proj"' in shown
 
 
 @pytest.mark.parametrize(
