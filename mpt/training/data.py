@@ -40,11 +40,12 @@ class Documents:
 @dataclass(frozen=True, slots=True)
 class Cuts:
     """What the sequence length did to the training rows: how many were cut, the tokens lost with that, and how many are
-    no sample because nothing to learn was left of them. `longest`: the tokens of the longest before the cut.
+    no sample because nothing to learn was left of them. `longest`: the tokens of the longest before the cut, 0 where
+    nobody counted; lost tokens that nobody counted are None.
     """
 
     truncated: int = 0
-    lost_tokens: int = 0
+    lost_tokens: int | None = 0
     left_out: int = 0
     longest: int = 0
 

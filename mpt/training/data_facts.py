@@ -307,8 +307,8 @@ def _rows_of(samples: Any) -> int:
 
 
 def _longest(samples: Samples) -> tuple[str, ...]:
-    longest = samples.cuts.longest
-    return (f"the longest has {longest} tokens",) if samples.cuts.truncated else ()
+    cuts = samples.cuts
+    return (f"the longest has {cuts.longest} tokens",) if cuts.truncated and cuts.longest else ()
 
 
 def _name_of(template: Any) -> str | None:

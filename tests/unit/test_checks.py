@@ -98,6 +98,11 @@ def test_the_line_that_mends_truncation_stays_within_the_models_positions() -> N
     assert dict(found(cut, full)[Check.TRUNCATED].recipe) == {}
 
 
+def test_tokens_that_nobody_counted_are_not_said_to_be_none() -> None:
+    finding = found(replace(CLEAN, truncated=Count(50, 100), lost_tokens=None))[Check.TRUNCATED]
+    assert finding.severity is WARNING and finding.problem.endswith("are cut")
+
+
 def test_a_padding_token_is_missed_only_where_samples_are_padded() -> None:
     without = replace(CLEAN, tokenizer=replace(TOKENIZER, pad_id=None))
     assert judge(plan_of(), without) == ()

@@ -51,10 +51,10 @@ class TokenizerFacts:
 class DataFacts:
     """What the data came to. Rows are the documents or conversations as they were read, samples what is trained on.
 
-    `lost_tokens` were cut off at the sequence length, of `tokens` and these. `highest_token` is the largest id that
-    occurs, -1 where there is none. `overlap` counts evaluation rows that training has too, None where nothing is held
-    out. `padding` has the shares of `mpt.planning.padding`, empty where nothing is padded. `limits` says what was
-    looked at only in part.
+    `lost_tokens` were cut off at the sequence length, of `tokens` and these; None: nobody counted. `highest_token` is
+    the largest id that occurs, -1 where there is none. `overlap` counts evaluation rows that training has too, None
+    where nothing is held out. `padding` has the shares of `mpt.planning.padding`, and `now`: that of the batches as
+    planned; empty where nothing is padded. `limits` says what was looked at only in part.
     """
 
     tokenizer: TokenizerFacts
@@ -63,7 +63,7 @@ class DataFacts:
     empty: Count = Count()
     duplicates: Count = Count()
     truncated: Count = Count()
-    lost_tokens: int = 0
+    lost_tokens: int | None = 0
     nothing_learnt: Count = Count()
     unknown: Count = Count()
     highest_token: int = -1

@@ -25,8 +25,8 @@ def truncated(plan: Plan, facts: DataFacts) -> Iterator[Finding]:
     """Samples that were cut, and what was lost with that."""
     if not facts.truncated.count:
         return
-    whole = facts.tokens + facts.lost_tokens
-    lost = Count(facts.lost_tokens, whole)
+    lost = Count(facts.lost_tokens or 0, facts.tokens + (facts.lost_tokens or 0))
+    told = "" if facts.lost_tokens is None else f": {lost} tokens are lost"
     is_much = facts.truncated.share >= NOTABLE or lost.share >= NOTABLE
     limit, room = plan.value("sequence_length"), plan.facts.max_positions
     longer = 2 * limit if room is None else min(2 * limit, room)
@@ -34,7 +34,7 @@ def truncated(plan: Plan, facts: DataFacts) -> Iterator[Finding]:
     yield Finding(
         Check.TRUNCATED,
         Severity.WARNING if is_much else Severity.NOTE,
-        f"{facts.truncated} samples are longer than {limit} tokens and are cut: {lost} tokens are lost",
+        f"{facts.truncated} samples are longer than {limit} tokens and are cut{told}",
         "Make samples longer, or divide long documents before." if keys else "Divide long documents before.",
         facts.truncated.examples,
         keys,

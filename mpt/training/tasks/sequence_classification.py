@@ -16,7 +16,7 @@ from transformers import (
 
 from mpt.errors import MptError
 from mpt.planning.plan import Plan
-from mpt.training.data import Documents, Samples
+from mpt.training.data import Cuts, Documents, Samples
 from mpt.training.encoding import identify
 from mpt.training.labelled import PAIR, label_column, read_labelled
 from mpt.training.labels import Classes, Column, check_labels, find_classes, listed, to_numbers
@@ -96,9 +96,12 @@ def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenize
         None if labels is None else _tokenise(table, labels, tokenizer, limit, has_types=has_types)
         for table, labels in zip((documents.train, documents.held_out), numbers, strict=True)
     ]
-    notices += _truncation(tables[0], limit)
+    truncated = _count_truncated(tables[0])
+    if truncated:
+        notices.append(f"{truncated} of {len(train.values)} rows are longer than {limit} tokens and were truncated")
     plain = [None if table is None else table.remove_columns("truncated") for table in tables]
-    return Samples(plain[0], plain[1], tuple(notices), from_data=from_data)
+    cuts = Cuts(truncated, lost_tokens=None)
+    return Samples(plain[0], plain[1], tuple(notices), from_data=from_data, cuts=cuts)
 
 
 def build_model(
@@ -197,6 +200,5 @@ def _told(classes: Classes, column: Column) -> str:
     return f"{there}; {share:.0%} of the {len(column.values)} rows are {name}"
 
 
-def _truncation(table: datasets.Dataset, limit: int) -> list[str]:
-    count = sum(table["truncated"][:])
-    return [f"{count} of {len(table)} rows are longer than {limit} tokens and were truncated"] if count else []
+def _count_truncated(table: Any) -> int:
+    return sum(table["truncated"][:])
