@@ -6,6 +6,7 @@ kept, its hash. What would take long is looked at in part, and said so.
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any
 
@@ -35,6 +36,7 @@ from mpt.training.row_tables import checked_rows, groups
 MOST_ROWS = 5_000_000
 """Rows that are hashed: some 2 seconds of one core, and 40 MB."""
 STREAMED_ROWS = 1_000
+STREAMED_CHARACTERS = 2_000_000
 FARTHEST_PLACE = 100_000
 """The last row whose line in a file is looked up, which takes reading up to it."""
 EXAMPLES = 3
@@ -53,7 +55,7 @@ def gather(plan: Plan, documents: Documents, samples: Samples, tokenizer: Any, *
     """
     of_tokenizer = tokenizer_facts(tokenizer, had_template=had_template if samples.is_chat else None)
     if not isinstance(documents.train, datasets.Dataset):
-        return _of_stream(documents, of_tokenizer)
+        return _of_stream(plan, documents, of_tokenizer, tokenizer)
     rows, held_out = Table(documents.train), None
     if documents.held_out is not None:
         held_out = Table(documents.held_out, rows)
@@ -230,9 +232,7 @@ def _overlap(rows: Table, held_out: Table) -> Count:
 
 def _of_tokens(samples: Any, tokenizer: Any) -> tuple[int, int, Count]:
     """Count the tokens, find the highest, and count the unknown ones."""
-    unknown_id = tokenizer.unk_token_id
-    # Of some tokenizers the unknown token is also the end of text, GPT-2's for one: they know every text.
-    counts = unknown_id is not None and unknown_id not in (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    unknown_id, counts = tokenizer.unk_token_id, _counts_unknown(tokenizer)
     tokens, highest, unknown = 0, -1, 0
     examples: list[str] = []
     for numbers in _stretches(samples):
@@ -247,6 +247,11 @@ def _of_tokens(samples: Any, tokenizer: Any) -> tuple[int, int, Count]:
                 around = numbers[max(place - AROUND, 0) : place + AROUND].tolist()
                 examples.append(shorten(tokenizer.decode(around)))
     return tokens, highest, Count(unknown, tokens, tuple(examples))
+
+
+def _counts_unknown(tokenizer: Any) -> bool:
+    """Whether the unknown token tells something: of GPT-2 and others it is the end of text too, and never needed."""
+    return tokenizer.unk_token_id not in (None, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def _stretches(samples: Any) -> Iterator[np.ndarray[Any, Any]]:
@@ -316,17 +321,41 @@ def _name_of(template: Any) -> str | None:
     return next((name for name in BUILT_IN if read_template(name) == template), None)
 
 
-def _of_stream(documents: Documents, of_tokenizer: TokenizerFacts) -> DataFacts:
+def _of_stream(plan: Plan, documents: Documents, of_tokenizer: TokenizerFacts, tokenizer: Any) -> DataFacts:
     """Look at the first rows of a stream, which can't be known whole before it is trained on."""
     rows = list(islice(documents.train, STREAMED_ROWS))
     columns = [name for name in (TEXT, CONVERSATION) if rows and name in rows[0]]
     texts = [" ".join(str(row[name]) for name in columns) for row in rows]
     full = [text for text in texts if text.strip()]
-    return DataFacts(
+    facts = DataFacts(
         tokenizer=of_tokenizer,
         samples=0,
         tokens=0,
         empty=Count(len(texts) - len(full), len(texts)),
         duplicates=Count(len(full) - len(set(full)), len(texts)),
         limits=(f"a stream: the first {len(rows)} rows",),
+    )
+    return facts if columns != [TEXT] else _with_tokens(facts, plan, full, tokenizer)
+
+
+def _with_tokens(facts: DataFacts, plan: Plan, texts: list[str], tokenizer: Any) -> DataFacts:
+    """Tokenise the first texts of a stream, so that what is cut there is not cut without a word."""
+    sizes = np.cumsum([len(text) for text in texts])
+    texts = texts[: int(np.searchsorted(sizes, STREAMED_CHARACTERS)) + 1]
+    if not texts:
+        return facts
+    encoded = [np.asarray(row, np.int64) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    limit = plan.value("sequence_length")
+    whole = [len(row) + (tokenizer.eos_token_id is not None) for row in encoded]
+    beyond = [max(length - limit, 0) for length in whole] if plan.value("packing") == Packing.NONE else [0] * len(whole)
+    joined = np.concatenate(encoded)
+    unknown = int(np.count_nonzero(joined == tokenizer.unk_token_id)) if _counts_unknown(tokenizer) else 0
+    cut = sum(size > 0 for size in beyond)
+    return replace(
+        facts,
+        tokens=sum(whole) - sum(beyond),
+        truncated=Count(cut, len(texts), (f"the longest has {max(whole)} tokens",) if cut else ()),
+        lost_tokens=sum(beyond),
+        unknown=Count(unknown, len(joined)),
+        highest_token=int(joined.max(initial=-1)),
     )

@@ -15,7 +15,7 @@ from mpt.training.data import Documents, Samples
 from mpt.training.data_facts import gather
 
 # What the facts follow from, beside the data itself.
-VALUES = ("task", "sequence_length", "packing", "micro_batch_size")
+VALUES = ("task", "sequence_length", "packing", "padding_free", "pad_to_multiple_of", "micro_batch_size")
 
 
 @dataclass(frozen=True, slots=True)

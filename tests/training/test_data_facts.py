@@ -163,15 +163,30 @@ def test_the_first_rows_of_a_stream_are_looked_at(tmp_path: Path, trained: str) 
     source = write(tmp_path / "train.jsonl", [{"text": text} for text in [*TEXTS, TEXTS[0], ""]])
     plan = plan_of({"source": source, "eval_fraction": 0})
     task = task_module("causal_lm")
-    streamed = Recipe.model_validate(
-        plan.recipe.model_dump(exclude_unset=True)
-        | {"data": {"source": source, "eval_fraction": 0, "streaming": True}, "training": {"max_steps": 2}}
-    )
-    plan = replace(plan, recipe=streamed)
+    section = {"source": source, "eval_fraction": 0, "streaming": True, "packing": False, "sequence_length": 64}
+    streamed = plan.recipe.model_dump(exclude_unset=True) | {"data": section, "training": {"max_steps": 2}}
+    plan = replace(plan, recipe=Recipe.model_validate(streamed))
     documents = task.read_documents(plan, seed=0)
-    facts = gather(plan, documents, Samples(None, None), tokenizer_of(trained), had_template=False)
+    tokenizer = tokenizer_of(trained)
+    facts = gather(plan, documents, Samples(None, None), tokenizer, had_template=False)
     assert (facts.duplicates.count, facts.empty.count, facts.empty.of) == (1, 1, 32)
     assert facts.limits == ("a stream: the first 32 rows",)
+    lengths = [len(row) + 1 for row in tokenizer([*TEXTS, TEXTS[0]])["input_ids"]]
+    assert facts.truncated.count == sum(length > 64 for length in lengths)
+    assert facts.lost_tokens == sum(max(length - 64, 0) for length in lengths)
+    assert facts.highest_token >= 256
+
+
+def test_rows_that_a_mixture_takes_several_times_are_no_repetitions(tmp_path: Path, trained: str) -> None:
+    few = write(tmp_path / "few.jsonl", [{"text": text} for text in [*TEXTS[:4], TEXTS[0]]])
+    many = write(tmp_path / "many.jsonl", [{"text": text} for text in TEXTS[4:]])
+    sources = [{"source": few, "weight": 3}, {"source": many, "weight": 1}]
+    plan = plan_of({"source": sources, "eval_fraction": 0, "mixing": "oversample"})
+    task = task_module("causal_lm")
+    documents = task.read_documents(plan, seed=0)
+    assert len(documents.train) > 5 + len(TEXTS[4:])
+    facts = look(plan, tokenizer_of(trained))
+    assert facts.duplicates.count == 1
 
 
 def test_rows_are_known_by_all_their_columns_whatever_their_type() -> None:

@@ -164,7 +164,8 @@ def special_tokens(plan: Plan, facts: DataFacts) -> Iterator[Finding]:
 def chat_template(plan: Plan, facts: DataFacts) -> Iterator[Finding]:
     """Conversations that are written in a form the model may not know."""
     tokenizer = facts.tokenizer
-    if tokenizer.has_template is False and plan.recipe.data.chat_template is None:
+    is_from_scratch = plan.recipe.model.config is not None  # it will know the template that it is taught
+    if tokenizer.has_template is False and plan.recipe.data.chat_template is None and not is_from_scratch:
         yield Finding(
             Check.CHAT_TEMPLATE,
             Severity.WARNING,
