@@ -28,6 +28,7 @@ LEFT_OUT = (
     "background_saving",
     "recovery",
     "compile",
+    "early_stopping",
 )
 TRAINING_LEFT_OUT = (
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "save_strategy", "save_steps"),

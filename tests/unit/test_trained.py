@@ -141,7 +141,9 @@ TRAINED = Trained("runs/tiny/final")
 
 
 def test_the_weights_take_the_model_s_place_and_the_run_s_decisions_stand() -> None:
-    before = recipe(precision={"mode": "bf16", "allow_emulation": True}, micro_batch_size=4)
+    before = recipe(
+        precision={"mode": "bf16", "allow_emulation": True}, micro_batch_size=4, early_stopping={"patience": 2}
+    )
     made = with_weights(before, TRAINED, of_run=plan_of(before), data=None, overrides=[])
     assert made.model.name_or_path == "runs/tiny/final" and made.model.config is None
     assert made.tokenizer is not None and made.tokenizer.name_or_path == "runs/tiny/final"
