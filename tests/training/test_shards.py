@@ -20,7 +20,7 @@ from mpt.training import shards
 from mpt.training.conversation_samples import ConversationRows
 from mpt.training.corpus import read_corpus
 from mpt.training.data import prepare_samples, read_documents
-from mpt.training.encoding import Encoder, TokenRows
+from mpt.training.encoding import LENGTH, Encoder, TokenRows
 from mpt.training.progress import heard_by
 from mpt.training.shards import prepare_table
 from mpt.training.tokenizer import train_tokenizer
@@ -74,7 +74,7 @@ def test_any_number_of_processes_gives_the_same_bytes_and_those_of_the_tokenizer
     expected = [tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in TEXTS]
     assert prepared.table["input_ids"][:] == [row[:limit] for row in expected]
     if limit is not None:
-        assert prepared.table["truncated"][:] == [len(row) > limit for row in expected]
+        assert prepared.table[LENGTH][:] == [len(row) for row in expected]
 
 
 def test_a_second_preparation_takes_everything_from_the_cache_and_says_so(tokenizer: Any, tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ from mpt.training import shards
 from mpt.training.progress import heard_by
 from mpt.training.tokenizer import read_tokenizer
 from tests.training.test_shards import corpus
-from mpt.training.encoding import Encoder, TokenRows
+from mpt.training.encoding import LENGTH, Encoder, TokenRows
 shards.SHARD_BYTES = 1 << 16
 rows = TokenRows(Encoder(read_tokenizer(Path(sys.argv[1]) / "tokenizer"), marks_text=False), None)
 with heard_by(lambda: time.sleep(0.2)):
