@@ -132,21 +132,12 @@ class Job:
             with pa.ipc.new_stream(file, schema) as writer:
                 for rows in _batches(self.table, start, stop):
                     columns = self.prepare(rows)
-                    arrays = [_array(columns[name], schema.field(name).type) for name in schema.names]
+                    arrays = [pa.array(columns[name], schema.field(name).type) for name in schema.names]
                     writer.write_batch(pa.record_batch(arrays, schema=schema))
                     beat()
             file.flush()
             os.fsync(file.fileno())
         staging.rename(path)
-
-
-def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """Make a column; of truth values bit by bit, because pyarrow leaves what follows the last one in its byte undefined
-    and the same table would not have the same bytes."""
-    if not pa.types.is_boolean(kind):
-        return pa.array(values, kind)
-    bits = np.packbits(np.array(values, bool), bitorder="little").tobytes()
-    return pa.BooleanArray.from_buffers(kind, len(values), [None, pa.py_buffer(bits)])
 
 
 def _batches(table: datasets.Dataset, start: int, stop: int) -> Any:
