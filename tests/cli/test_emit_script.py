@@ -146,6 +146,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Run, Pa
             changes = changes | {"model": {"name_or_path": base, "config": None}}
         if "data" in changes:
             changes = changes | {"data": changes["data"] | {"source": source}}
+        # A file is read twice, and what is held out stands in what is trained on.
+        changes = changes | {"preflight": {"ignore": ["evaluation_overlap"]}}
         run, output = Run(RunDirectory(folder / f"{name}_run"), tiny_recipe(**changes)), folder / name
         run.prepare()
         folder.joinpath(f"{name}.py").write_text(to_script(plan_of(**changes)))
