@@ -46,10 +46,12 @@ def _check(recipe: str, overrides: list[str], machine: str | None, data: bool) -
     import os
 
     from mpt.cli.plan import make_plan
+    from mpt.cli.train import check_packages
     from mpt.measuring.preflight import look_in_child, preflight
     from mpt.planning.plan import Plan
 
     def look(plan: Plan) -> dict[str, object]:
+        check_packages(plan)
         print("reading and tokenising the data", file=sys.stderr)
         return look_in_child(plan, os.environ)
 

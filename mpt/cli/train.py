@@ -114,7 +114,7 @@ def _train(
     check_sources(plan.recipe.data)
     if plan.recipe.data.chat_template is not None:
         read_template(plan.recipe.data.chat_template)
-    _check_packages(plan)
+    check_packages(plan)
     reference = plan_reference(plan, packages, learn_modules(plan.recipe))
     verdict = _carry_out(plan, reference, run, resume, accept_changes)
     _report(run, verdict, as_json)
@@ -188,7 +188,8 @@ def _check_machine(plan: "Plan", asked: str | None) -> None:
     )
 
 
-def _check_packages(plan: "Plan") -> None:
+def check_packages(plan: "Plan") -> None:
+    """Raise UnsupportedError where what trains the plan is not installed."""
     from mpt.errors import UnsupportedError
     from mpt.hardware.packages import installed_packages
     from mpt.planning.trackers import choose_trackers

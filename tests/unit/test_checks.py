@@ -71,7 +71,8 @@ def test_clean_data_and_a_usual_plan_have_no_finding() -> None:
         ({"tokenizer": replace(TOKENIZER, eos_id=None)}, Check.END_OF_TEXT, WARNING),
         ({"overlap": Count(1, 1000)}, Check.EVALUATION_OVERLAP, NOTE),
         ({"overlap": Count(1, 100)}, Check.EVALUATION_OVERLAP, WARNING),
-        ({"overlap": Count(5, 10)}, Check.EVALUATION_OVERLAP, ERROR),
+        ({"overlap": Count(9, 10)}, Check.EVALUATION_OVERLAP, WARNING),
+        ({"overlap": Count(10, 20)}, Check.EVALUATION_OVERLAP, ERROR),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_data_is_found_as_badly_as_it_is(
@@ -80,6 +81,12 @@ def test_what_is_wrong_with_data_is_found_as_badly_as_it_is(
     finding = found(replace(CLEAN, **changes))[code]
     assert finding.severity is severity
     assert finding.problem and finding.remedy
+
+
+def test_an_evaluation_that_the_recipe_names_is_worthless_at_any_size() -> None:
+    named = plan_of(data={"source": "a.txt", "eval_source": "b.txt", "sequence_length": 64})
+    assert found(replace(CLEAN, overlap=Count(1, 2)), named)[Check.EVALUATION_OVERLAP].severity is ERROR
+    assert found(replace(CLEAN, overlap=Count(1, 3)), named)[Check.EVALUATION_OVERLAP].severity is WARNING
 
 
 @pytest.mark.parametrize("count", [Count(0, 100), Count(0, 0)])
