@@ -41,6 +41,7 @@ def make_case(recipe: str, overrides: list[str], machine: str | None, name: str 
         name=name or loaded.name or path.stem,
         packages=packages,
         modules=modules,
+        task_folder=str(path.resolve().parent),
     )
     return Case(made, packages, None if modules is None else tuple(modules))
 

@@ -34,6 +34,7 @@ def plan_reference(
             name=plan.name,
             packages=packages,
             modules=modules,
+            task_folder=plan.task_folder,
         )
         check_trainable(reference)
     except MptError as error:

@@ -139,7 +139,7 @@ def learn_model_facts(
 
 
 def _learn(recipe: Recipe, cache: Path | None, run_child: RunChild | None, environ: Mapping[str, str]) -> ModelFacts:
-    model, task = recipe.model, recipe.task
+    model, task = recipe.model, recipe.model_task
     asker = FactsAsker(cache or default_cache(environ), run_child or run_facts_child)
     request = model_request(recipe)
     if model.config is not None:
@@ -198,7 +198,7 @@ def ask_about_modules(
 
 def model_request(recipe: Recipe) -> Json:
     """Name the recipe's model in the words that `mpt.training.facts` takes."""
-    model, task = recipe.model, recipe.task
+    model, task = recipe.model, recipe.model_task
     if model.config is not None:
         return {"config": model.config, "vocab_size": _vocab_size(recipe, model.config), "task": task.value}
     return {

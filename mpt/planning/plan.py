@@ -33,7 +33,7 @@ from mpt.planning.trackers import choose_trackers, tracker_arguments
 from mpt.planning.training_arguments import to_training_arguments
 from mpt.recipe.schema import Recipe
 from mpt.recipe.training_keys import training_arguments
-from mpt.terms import Attention, DeviceKind, Feature, Method, Packing, Precision
+from mpt.terms import Attention, DeviceKind, Feature, Method, Packing, Precision, Task
 
 PLAN_VERSION = 3
 
@@ -54,6 +54,8 @@ class Plan:
     resume_from: str | None = None
     repairs: tuple[Mapping[str, Any], ...] = ()
     """What recovery changed, oldest first, as `mpt.planning.repair` writes it."""
+    task_folder: str | None = None
+    """The recipe's folder, where a task of the user's own is looked for; None for mpt's tasks."""
     version: int = field(default=PLAN_VERSION)
 
     def value(self, key: str) -> Any:
@@ -75,6 +77,7 @@ class Plan:
             "deepspeed_notes": list(self.deepspeed_notes),
             "resume_from": self.resume_from,
             "repairs": [dict(repair) for repair in self.repairs],
+            "task_folder": self.task_folder,
         }
 
     @classmethod
@@ -97,6 +100,7 @@ class Plan:
             deepspeed_notes=tuple(data["deepspeed_notes"]),
             resume_from=data["resume_from"],
             repairs=tuple(data.get("repairs", ())),
+            task_folder=data.get("task_folder"),
         )
 
 
@@ -123,11 +127,13 @@ def resolve(
     name: str,
     packages: frozenset[str] | None = None,
     modules: Sequence[ModuleShape] | None = None,
+    task_folder: str | None = None,
 ) -> Plan:
     """Decide everything.
 
     `modules` are the model's by name, for a recipe that speaks of layers (`mpt.planning.modules.learn_modules`);
     without them adapters that are asked for by name are only estimated.
+    `task_folder` is the recipe's, for a task of the user's own.
     `packages` are the installed top-level packages that a choice depends on; None where nobody knows (a named machine).
     Raises MptError for wishes that contradict each other, UnsupportedError for those that the machine can't fulfil. A
     plan that does not fit the memory is made all the same; `plan.memory.fits` says so.
@@ -155,7 +161,7 @@ def resolve(
         is_packed=wants_best_fit(recipe),
     )
     packing = choose_packing(recipe, facts.model_type, attention.value)
-    padding_free = choose_padding_free(recipe.task, packing.value, attention.value, facts.model_type)
+    padding_free = choose_padding_free(recipe.model_task, packing.value, attention.value, facts.model_type)
     sequence_length = _sequence_length(recipe, facts)
     loss_of = partial(choose_loss, recipe, machine, facts, precision.value, layers=layers.value, packages=packages)
     layout = choose_layout(
@@ -193,7 +199,7 @@ def resolve(
         by_liger=loss.value == "liger",
     ) | tracker_arguments(trackers.value, recipe, name)
     values: dict[str, Decision[Any]] = {
-        "task": _asked_or_default(recipe, "task", recipe.task.value, "predict the next token"),
+        "task": _asked_or_default(recipe, "task", recipe.task, "predict the next token"),
         "metrics": choose_metrics(recipe, packages),
         "early_stopping": choose_early_stopping(recipe),
         "method": method,
@@ -252,6 +258,7 @@ def resolve(
         training_arguments=keywords,
         deepspeed=deepspeed,
         deepspeed_notes=notes,
+        task_folder=None if isinstance(recipe.task, Task) else task_folder,
     )
 
 

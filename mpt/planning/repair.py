@@ -66,7 +66,15 @@ def apply(
     recipe = pinned(plan)
     for repair in repairs:
         recipe = KINDS[repair.kind](recipe, plan, repair.values)
-    repaired = resolve(recipe, plan.machine, plan.facts, name=plan.name, modules=modules, packages=packages)
+    repaired = resolve(
+        recipe,
+        plan.machine,
+        plan.facts,
+        name=plan.name,
+        modules=modules,
+        packages=packages,
+        task_folder=plan.task_folder,
+    )
     kinds = ", ".join(dict.fromkeys(repair.kind for repair in repairs))
     values = {key: _decision(plan.values.get(key), now, kinds) for key, now in repaired.values.items()}
     told = tuple(repair.to_json() for repair in repairs)

@@ -276,7 +276,7 @@ def _workload(
     return Workload(
         facts=facts,
         method=method,
-        task=recipe.task,
+        task=recipe.model_task,
         strategy=option.strategy,
         world_size=processes_per_node * machine.nodes,
         processes_per_node=processes_per_node,

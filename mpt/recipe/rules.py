@@ -205,11 +205,11 @@ def _task_has_its_keys(recipe: Recipe) -> Iterator[Flaw]:
     for key in sorted(entries & {"layout", "messages_column"} if recipe.task is not Task.SFT else ()):
         yield Flaw(("data", "source"), f"{key} is for task sft, and the task is {recipe.task}", "leave it out")
     for key, task in only.items():
-        if key in recipe.data.model_fields_set and recipe.task != task:
+        if key in recipe.data.model_fields_set and recipe.task != task and isinstance(recipe.task, Task):
             yield Flaw(
                 ("data", key), f"is for task {task}, and the task is {recipe.task}", f"leave it out or set task: {task}"
             )
-    if recipe.sample is not None and recipe.task not in (Task.CAUSAL_LM, Task.SFT):
+    if recipe.sample is not None and isinstance(recipe.task, Task) and recipe.task not in (Task.CAUSAL_LM, Task.SFT):
         yield Flaw(("sample",), f"a model for {recipe.task} generates no text", "leave it out")
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, Field, model_validator
 
-from mpt.recipe.scalars import Flag
+from mpt.recipe.scalars import Flag, OwnTask
 from mpt.recipe.sections.adapters import LoraSection, QuantizationSection
 from mpt.recipe.sections.base import SHORT_FORMS, PositiveInt, Section, short_form
 from mpt.recipe.sections.data import DataSection, SampleSection, SourceSection
@@ -61,8 +61,8 @@ class Recipe(Section):
     """Name of the run and of its directory. Left out: the file's name."""
     description: str | None = None
     """What this recipe is for; shown by `mpt recipes list`."""
-    task: Task = Task.CAUSAL_LM
-    """What is learnt from the data."""
+    task: Task | OwnTask = Task.CAUSAL_LM
+    """What is learnt from the data; or the dotted path of a module of your own, which says so itself."""
     model: Annotated[ModelSection, short_form("model")]
     """The model; a text is its `name_or_path`."""
     tokenizer: Annotated[TokenizerSection, short_form("tokenizer")] | None = None
@@ -118,6 +118,12 @@ class Recipe(Section):
     """What of the preflight's findings is accepted."""
     compare: CompareSection | None = None
     """Compare the precision with another one before the run."""
+
+    @property
+    def model_task(self) -> Task:
+        """The task whose model is planned with: the recipe's, or causal_lm for one of the user's own, whose model is
+        not known before it is built."""
+        return self.task if isinstance(self.task, Task) else Task.CAUSAL_LM
 
     @property
     def training_keys(self) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Answering:
         kind = plan.machine.kind
         self.device = torch.device("cuda" if kind is DeviceKind.ROCM else kind.value)  # torch's word for both
         self.tokenizer = load_tokenizer(plan.recipe)
-        model = task_module(plan.value("task")).build_model(plan, self.tokenizer, seed=0)
+        model = task_module(plan.value("task"), plan.task_folder).build_model(plan, self.tokenizer, seed=0)
         self._model = load_adapters(model, adapter).to(self.device)
         self._model.eval()
         self._max_positions = plan.facts.max_positions

@@ -53,7 +53,7 @@ def look_at(plan: Plan, run: RunDirectory) -> dict[str, Any]:
     journal = Journal(run.journal, 1)
     attempt = run.attempt(1)
     attempt.path.mkdir(parents=True)
-    prepared = prepare(plan, run, attempt, arguments, journal, task_module(plan.value("task")))
+    prepared = prepare(plan, run, attempt, arguments, journal, task_module(plan.value("task"), plan.task_folder))
     notices = [event["text"] for event in read_events(run.journal) if event["kind"] == "notice"]
     return {"facts": learn(plan, prepared).to_json(), "notices": notices}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mpt.errors import MptError
 from mpt.training.generation import generate, to_prompt
 
 
@@ -20,6 +21,8 @@ def write_samples(trainer: Any, tokenizer: Any, *, is_chat: bool) -> None:
     is_divided = trainer.is_deepspeed_enabled and trainer.model_wrapped.zero_optimization_stage() == 3
     if section is None or not (trainer.watch.is_writer or is_divided):
         return
+    if not trainer.accelerator.unwrap_model(trainer.model).can_generate():  # a task of the user's own
+        raise MptError("sample: the task's model generates no text", remedy="Leave sample out.")
     with _generating(trainer):
         for asked in section.prompts:
             torch.manual_seed(trainer.args.seed)

@@ -43,7 +43,7 @@ class Calibration:
 
         self.plan = plan
         self.device = torch.device(DEVICES.get(plan.machine.kind, plan.machine.kind.value))
-        task = task_module(plan.value("task"))
+        task = task_module(plan.value("task"), plan.task_folder)
         seed = _training_value(plan, "seed")
         data_seed = _training_value(plan, "data_seed")
         tokenizer, samples = _read_data(plan, task, folder, seed if data_seed is None else data_seed)

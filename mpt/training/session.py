@@ -86,7 +86,7 @@ def train(
 
     datasets.disable_progress_bars()
     arguments = build_arguments(plan, run)
-    task = task_module(plan.value("task"))
+    task = task_module(plan.value("task"), plan.task_folder)
     # accelerate writes this process's place in the group into the arguments; a barrier is a no-op on one process.
     barrier = dist.barrier if arguments.world_size > 1 else _no_barrier
 

@@ -76,6 +76,8 @@ class Run:
     recipe: Recipe
     fault: dict[str, Any] | None = None
     """What befalls the worker (`tests.training.faulty_worker`)."""
+    task_folder: str | None = None
+    """Where a task of the user's own lies."""
     is_fresh: bool = False
     """Whether its workers are new interpreters, and several of them torchrun's."""
 
@@ -86,7 +88,14 @@ class Run:
     def prepare(self, attempt: int = 1, resume_from: str | None = None) -> None:
         """Write the attempt's plan, as the supervisor would."""
         modules = learn_modules(self.recipe)
-        plan = resolve(self.recipe, parse_machine("cpu"), learn_model_facts(self.recipe), name="tiny", modules=modules)
+        plan = resolve(
+            self.recipe,
+            parse_machine("cpu"),
+            learn_model_facts(self.recipe),
+            name="tiny",
+            modules=modules,
+            task_folder=self.task_folder,
+        )
         text = json.dumps(plan.to_json() | {"resume_from": resume_from})
         self.directory.checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomically(self.directory.attempt(attempt).plan, text)

@@ -34,7 +34,7 @@ def learning_rate(plan: Plan) -> Iterator[Finding]:
     method = Method(plan.value("method"))
     usual = usual_rates(
         method,
-        Task(plan.value("task")),
+        plan.recipe.model_task,
         facts.parameters,
         str(plan.value("optimizer")),
         is_from_scratch=plan.recipe.model.config is not None,

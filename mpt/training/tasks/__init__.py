@@ -21,11 +21,15 @@ from typing import Any
 from mpt.planning.plan import Plan
 from mpt.training import metrics
 from mpt.training.data import Samples
+from mpt.training.tasks.own_task import own_task
 
 
-def task_module(task: str) -> ModuleType:
-    """Find a task's module; `mpt.planning.engines` has refused what has none."""
-    return import_module(f"mpt.training.tasks.{task}")
+def task_module(task: str, folder: str | None = None) -> ModuleType:
+    """Find a task's module: mpt's, or by a dotted path the user's own, which may lie in `folder`.
+
+    Raises MptError for one of the user's that can't be imported or is no task.
+    """
+    return own_task(task, folder) if "." in task else import_module(f"mpt.training.tasks.{task}")
 
 
 def special_tokens_of(task: ModuleType, plan: Plan) -> tuple[str, ...]:
