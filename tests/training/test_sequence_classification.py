@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from tests.training.docstrings import PACKAGES, write_docstrings
-from tests.training.tiny_runs import BERT, LLAMA, Run, continue_from
+from tests.training.tiny_runs import BERT, LLAMA, Run, continue_from, save_base
 
 pytestmark = pytest.mark.slow
 MakeRun = Callable[..., Run]
@@ -109,7 +110,7 @@ def test_a_classifier_with_other_classes_than_its_data_is_refused(
 @pytest.mark.parametrize("precision", ["bf16", "bf16_pure", {"mode": "fp16", "loss_scale": {"initial": 1024.0}}])
 def test_regression_learns_numbers_in_every_precision(precision: Any, new_run: MakeRun, tmp_path: Path) -> None:
     source = tmp_path / "rows.csv"
-    pairs = [(f"{'very ' * count}good", count / 4) for count in range(12)] * 8
+    pairs = [(f"case {case}: {'very ' * count}good", count / 4) for case in range(8) for count in range(12)]
     source.write_text("text,score\n" + "".join(f"{text},{score}\n" for text, score in pairs))
     data = {"label_column": "score", "labels": "regression", "eval_fraction": 0.25}
     run = classify(new_run, str(source), steps=20, data=data, precision=precision)
@@ -131,10 +132,19 @@ def test_a_decoder_judges_by_its_last_token_whatever_pads_the_batch(new_run: Mak
         assert torch.allclose(model(**batch).logits[1], model(**alone).logits[0], atol=1e-5)
 
 
+def test_adapters_take_the_head_along(new_run: MakeRun, rows: str, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    run = classify(new_run, rows, model=base, tokenizer=None, lora={"rank": 4})
+    weights = load_file(run.directory.final / "adapter_model.safetensors")
+    assert any("score" in name for name in weights)
+    assert any("lora_A" in name for name in weights)
+
+
 def test_pairs_are_told_apart_and_two_processes_train_what_one_does(new_run: MakeRun, tmp_path: Path) -> None:
     source = tmp_path / "pairs.jsonl"
     words = ["red", "green", "blue", "grey"]
-    lines = [{"a": f"it is {x}", "b": f"it is {y}", "same": x == y} for x in words for y in words] * 4
+    cases = [(case, x, y) for case in range(4) for x in words for y in words]
+    lines = [{"a": f"{case} is {x}", "b": f"it is {y}", "same": x == y} for case, x, y in cases]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     keys = {"text_column": "a", "text_pair_column": "b", "label_column": "same", "eval_fraction": 0.25}

@@ -11,7 +11,7 @@ from mpt.planning.explain import count
 from mpt.planning.plan import Plan
 from mpt.planning.sharding import TOKENS_ENOUGH
 from mpt.planning.speed import has_tensor_cores
-from mpt.terms import Check, Feature, Method, Precision, Task
+from mpt.terms import Check, Feature, Method, Precision
 
 
 def trainable(plan: Plan) -> Iterator[Finding]:
