@@ -196,7 +196,11 @@ class Audit:
         else:
             count = trained_count(trainer.model)
             if plan.task_folder is None:
-                self._compare("trainable parameters", plan.facts.parameters, self._as_planned(trainer, count))
+                self._compare(
+                    "trainable parameters",
+                    plan.facts.parameters,
+                    self._as_planned(trainer, count, plan.facts.parameters),
+                )
             else:  # a task of the user's own builds the model, which planning has only guessed at
                 self.checks.append({"what": "trainable parameters", "planned": None, "found": count})
         converted = sorted(findings.plain_fp8(trainer))
@@ -210,7 +214,8 @@ class Audit:
         planned, layers = self.plan.value("adapters"), len(adapted_layers(trainer.model))
         count = trained_count(trainer.model)
         self._compare("layers with an adapter", planned["layers"] if planned["layers"] is not None else layers, layers)
-        self._compare("trainable parameters", planned["trainable_parameters"] if planned["is_exact"] else count, count)
+        wanted = planned["trainable_parameters"] if planned["is_exact"] and self.plan.task_folder is None else count
+        self._compare("trainable parameters", wanted, self._as_planned(trainer, count, wanted))
         if self.is_writer and not planned["is_exact"]:
             share = count / (self.plan.facts.parameters + count)
             text = f"{layers} layers have an adapter: {count:,} parameters are trained, {share:.2%} of the model"
@@ -245,12 +250,12 @@ class Audit:
         by_deepspeed = self.plan.deepspeed is not None
         return str(self.plan.value("adapter_dtype")) if by_deepspeed else "fp32"
 
-    def _as_planned(self, trainer: "PlanTrainer", count: int) -> int:
+    def _as_planned(self, trainer: "PlanTrainer", count: int, planned: int) -> int:
         """Leave the outputs out that a classifier has for the classes of its data: the plan did not know how many."""
         if self.plan.value("task") != Task.SEQUENCE_CLASSIFICATION:
             return count
         each, labels = findings.output_parameters(trainer.model), trainer.model.config.num_labels
-        more = (count - self.plan.facts.parameters) // each if each else 0
+        more = (count - planned) // each if each else 0
         return count - more * each if more < labels else count
 
     def _has_adapters(self) -> bool:
