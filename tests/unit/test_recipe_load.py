@@ -253,7 +253,6 @@ def test_all_problems_come_at_once_in_the_order_of_their_lines(folder: Path) -> 
         ("offload: {optimizer: nvme}", "offload", "nvme_path goes with nvme", "both or neither"),
         ("task: masked", "task", "no task 'masked'", "did you mean masked_lm?"),
         ("task: my_task", "task", "no task 'my_task'", "my_package.my_task for your own"),
-        ("task: 3", "task", "(got 3)", "causal_lm"),
         ("lora: 16", "lora", "map of keys (got 16)", "rank"),
         ("lora: {rank: 0}", "lora.rank", "above 0", "above 0"),
         ("quantization: {bits: 3}", "quantization.bits", "4, 8", "4, 8"),
