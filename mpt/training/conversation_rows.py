@@ -27,7 +27,7 @@ from mpt.training.row_files import BadRow, read_file
 
 CONVERSATION, PLACE = "conversation", "place"
 FEATURES = datasets.Features({CONVERSATION: datasets.Value("string"), PLACE: datasets.Value("string")})
-VERSION = "conversations-1"  # of what they look like, for the cache
+VERSION = "conversations-2"  # of what they look like, for the cache
 BATCH_ROWS = 1000
 
 Rows = Iterator[tuple[str, Mapping[str, Any] | BadRow]]

@@ -76,9 +76,8 @@ class ConversationWriter:
             start = self._start(text, messages, tools, prompt, place)
             return Written(text, (self._with_its_end(text, (start, len(text))),))
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        learnt = [i for i in answers if i >= prompt and messages[i].get("weight") != 0]
-        if self.train_on == "last_assistant":
-            learnt = learnt[-1:]
+        asked = answers[-1:] if self.train_on == "last_assistant" else answers
+        learnt = [i for i in asked if i >= prompt and messages[i].get("weight") != 0]
         if len(marked) == len(answers):
             spans = {i: span for i, span in zip(answers, marked, strict=True) if i in learnt}
         else:

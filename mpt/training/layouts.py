@@ -86,12 +86,17 @@ def to_conversation(row: Mapping[str, Any], layout: str, messages_column: str, *
     if tools:
         made["tools"] = tools
     learnable = made["messages"][made["prompt"] :]
-    if needs_answer and not any(message["role"] == "assistant" for message in learnable):
+    if needs_answer and not any(map(_is_answer, learnable)):
         raise BadRowError(
-            "has no assistant turn: there is nothing to learn from",
+            "has no answer to learn from: no assistant turn with text, and of a weight above 0",
             "Remove the row, give it an answer, or learn every token with data.train_on: all.",
         )
     return made
+
+
+def _is_answer(message: Mapping[str, Any]) -> bool:
+    said = message.get("content", "").strip() or message.get("tool_calls")
+    return bool(message["role"] == "assistant" and said and message.get("weight") != 0)
 
 
 # --- the layouts
@@ -116,19 +121,24 @@ def _from_prompt_completion(row: Mapping[str, Any], messages_column: str) -> dic
 
 
 def _from_alpaca(row: Mapping[str, Any], messages_column: str) -> dict[str, Any]:
-    said = {name: row.get(name) or "" for name in ("instruction", "input", "output", "system")}
+    said = {name: "" if row.get(name) is None else row[name] for name in ("instruction", "input", "output", "system")}
     for name, value in said.items():
         _check_text(value, name)
     messages = [{"role": "system", "content": said["system"]}] if said["system"] else []
-    for turn in row.get("history") or []:
-        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise BadRowError(
-                "history holds something else than pairs of texts", "Write it as [[instruction, output], ...]."
-            )
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(_is_pair(turn) for turn in history):
+        raise BadRowError(
+            "history holds something else than pairs of texts", "Write it as [[instruction, output], ...]."
+        )
+    for turn in history:
         messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
     asked = "\n\n".join(filter(None, (said["instruction"], said["input"])))
     messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said["output"]}]
     return {"messages": messages, "prompt": 0}
+
+
+def _is_pair(turn: Any) -> bool:
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
 
 
 def _from_sharegpt(row: Mapping[str, Any], messages_column: str) -> dict[str, Any]:
@@ -182,7 +192,7 @@ def _message(message: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise BadRowError(
             f"{name} has the role {role!r}, which is unknown", f"The roles are {', '.join(ROLES)}; {hint}."
         )
-    made = {key: value for key, value in message.items() if value is not None}
+    made = {key: value for key, value in message.items() if value is not None} | _weight(message, name)
     if "tool_calls" in made:
         made["tool_calls"] = [_tool_call(call, f"{name}.tool_calls") for call in _list(made, "tool_calls", name)]
         if not made["tool_calls"]:
@@ -201,18 +211,31 @@ def _sharegpt_message(turn: Mapping[str, Any], name: str) -> dict[str, Any]:
             f"{name} has no `from`, which says who speaks (it has {', '.join(turn)})",
             'Write it as {"from": "human", "value": "..."}.',
         )
-    if speaker not in SHAREGPT_ROLES:
+    if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
         raise BadRowError(
             f"{name} is from {speaker!r}, which is unknown", f"Known speakers are {', '.join(SHAREGPT_ROLES)}."
         )
     if turn.get("value") is None:
         raise BadRowError(f"{name} has no value", 'Write it as {"from": "human", "value": "..."}.')
     role, text = SHAREGPT_ROLES[speaker], _text(turn["value"], f"{name}.value")
+    weight = _weight(turn, name)
     if role != "function_call":
-        return {"role": role, "content": text}
+        return {"role": role, "content": text} | weight
     call = _json(text, f"{name}.value")
     calls = call if isinstance(call, list) else [call]
-    return {"role": "assistant", "tool_calls": [_tool_call(one, f"{name}.value") for one in calls]}
+    if not calls:
+        raise BadRowError(f"{name}.value holds no call", "Write {\"name\": \"...\", \"arguments\": {}}, or remove the turn.")
+    return {"role": "assistant", "tool_calls": [_tool_call(one, f"{name}.value") for one in calls]} | weight
+
+
+def _weight(message: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Read whether a turn is learnt, in OpenAI's words: 1, or 0 for one that is not."""
+    weight = message.get("weight")
+    if weight is None:
+        return {}
+    if not isinstance(weight, (int, float)) or weight not in (0, 1):
+        raise BadRowError(f"{name} has the weight {weight!r}", "Write 1, or 0 for a turn that is not to be learnt.")
+    return {"weight": weight}
 
 
 def _text(content: Any, name: str) -> str:

@@ -127,7 +127,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "an image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content.0. is image"),
     "messages as text": ({"messages": "Hi"}, "messages is a text, not a list"),
     "a message as text": ({"messages": ["Hi"]}, r"messages\[0\] is a text, not a message"),
-    "no assistant turn": ({"messages": ASKED[:1]}, "has no assistant turn"),
+    "no assistant turn": ({"messages": ASKED[:1]}, "has no answer to learn from"),
     "another layout": (ROWS["alpaca"], "has no messages .it has instruction, input, output"),
     "null for messages": ({"messages": None}, "has no messages"),
     "a list for a row": ("[1]", "not a JSON object"),
@@ -135,6 +135,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "a call without a name": (
         {"messages": [ASKED[0], {"role": "assistant", "tool_calls": [{"function": {}}]}]}, "call without a name"),
     "tools as a number": ({"messages": ASKED, "tools": 5}, "tools is a number"),
+    "an answer without text": ({"messages": [ASKED[0], ASKED[1] | {"content": " "}]}, "has no answer to learn from"),
+    "an answer of weight 0": ({"messages": [ASKED[0], ASKED[1] | {"weight": 0}]}, "has no answer to learn from"),
+    "half a weight": ({"messages": [ASKED[0], ASKED[1] | {"weight": 0.5}]}, r"messages\[1\] has the weight 0.5"),
+    "a weight in quotes": ({"messages": [ASKED[0], ASKED[1] | {"weight": "0"}]}, "has the weight '0'"),
 }  # fmt: skip
 
 
@@ -148,6 +152,30 @@ def test_a_row_that_is_no_conversation_is_one_message_with_its_line(row: Any, sa
     assert len(table) == 2
     assert f"{source}:3: " in " ".join(notices)
     assert read_conversations(DataSection(source=source, max_bad_rows=1), "train")[1] == notices  # from the cache too
+
+
+@pytest.mark.parametrize(
+    ("layout", "row", "says"),
+    [
+        ("alpaca", {"instruction": "Add 0 and 0.", "output": 0}, "output is a number, not text"),
+        ("alpaca", {"instruction": "So?", "input": False, "output": "No."}, "input is true or false, not text"),
+        ("alpaca", {"instruction": "So?", "output": "No.", "history": 3}, "history holds something else"),
+        ("sharegpt", {"conversations": [{"from": ["human"], "value": "So?"}]}, r"is from \['human'\], which is unknown"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "So?"}, {"from": "function_call", "value": "[]"}]},
+            r"conversations\[1\].value holds no call",
+        ),
+    ],
+)
+def test_a_bad_row_of_another_layout_is_one_message_too(layout: str, row: Any, says: str, tmp_path: Path) -> None:
+    assert re.search(says, refusal(write(tmp_path, ROWS[layout], row), layout=layout).problem)
+
+
+def test_a_turn_of_sharegpt_keeps_its_weight(tmp_path: Path) -> None:
+    asked, answered = ROWS["sharegpt"]["conversations"]
+    (one,) = read(write(tmp_path, {"conversations": [asked, answered | {"weight": 0}, asked, answered]}))
+    assert [message.get("weight") for message in one["messages"]] == [None, 0, None, None]
 
 
 def test_bytes_that_are_no_utf8_are_told_with_their_line(tmp_path: Path) -> None:

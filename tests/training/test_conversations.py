@@ -127,6 +127,7 @@ def test_a_turn_of_weight_0_and_the_turns_of_a_prompt_are_not_learnt(template: s
     tokenizer = tokenizer_for(template)
     weighed = [*TALK[:2], TALK[2] | {"weight": 0}, *TALK[3:]]
     assert learnt(tokenizer, weighed) == ["A range of items. <|im_end|>"]
+    assert learnt(tokenizer, [*TALK[:4], TALK[4] | {"weight": 0}], train_on="last_assistant") == []
     assert learnt(tokenizer, prompt=4) == ["A range of items. <|im_end|>"]
     assert learnt(tokenizer, train_on="completion", prompt=4) == ["A range of items. <|im_end|>"]
 
