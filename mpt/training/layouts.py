@@ -224,7 +224,7 @@ def _sharegpt_message(turn: Mapping[str, Any], name: str) -> dict[str, Any]:
     call = _json(text, f"{name}.value")
     calls = call if isinstance(call, list) else [call]
     if not calls:
-        raise BadRowError(f"{name}.value holds no call", "Write {\"name\": \"...\", \"arguments\": {}}, or remove the turn.")
+        raise BadRowError(f"{name}.value holds no call", 'Write {"name": "...", "arguments": {}}, or remove the turn.')
     return {"role": "assistant", "tool_calls": [_tool_call(one, f"{name}.value") for one in calls]} | weight
 
 

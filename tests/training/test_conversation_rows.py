@@ -160,7 +160,11 @@ def test_a_row_that_is_no_conversation_is_one_message_with_its_line(row: Any, sa
         ("alpaca", {"instruction": "Add 0 and 0.", "output": 0}, "output is a number, not text"),
         ("alpaca", {"instruction": "So?", "input": False, "output": "No."}, "input is true or false, not text"),
         ("alpaca", {"instruction": "So?", "output": "No.", "history": 3}, "history holds something else"),
-        ("sharegpt", {"conversations": [{"from": ["human"], "value": "So?"}]}, r"is from \['human'\], which is unknown"),
+        (
+            "sharegpt",
+            {"conversations": [{"from": ["human"], "value": "So?"}]},
+            r"is from \['human'\], which is unknown",
+        ),
         (
             "sharegpt",
             {"conversations": [{"from": "human", "value": "So?"}, {"from": "function_call", "value": "[]"}]},
