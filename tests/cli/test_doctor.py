@@ -268,7 +268,7 @@ def test_it_changes_nothing(done: SmallRun) -> None:
     ("name", "was", "now", "said"),
     [
         ("journal.jsonl", '"kind": "phase"', '"kind": "pha', "journal.jsonl:3: this line is no event of a run"),
-        ("attempts/001/plan.json", '"version": 2', '"version": 3', "the plan has version 3"),
+        ("attempts/001/plan.json", '"version": 3', '"version": 4', "the plan has version 4"),
         ("attempts/001/plan.json", "{", "", "plan.json is no plan of this mpt"),
         ("attempts/001/plan.json", '"recipe"', '"recipes"', "plan.json is no plan of this mpt (KeyError"),
         ("attempts/001/plan.json", '"micro_batch_size": 1,', '"micro_batch_size": -1,', "ValidationError"),

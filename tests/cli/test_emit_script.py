@@ -371,7 +371,7 @@ def test_the_constants_are_the_plan_s_values(name: str) -> None:
 
 def test_what_a_recipe_says_comes_through_as_it_was_said() -> None:
     constants = constants_of(to_script(PLANS["what a recipe may say"]()))
-    assert (constants["PROMPT"], constants["SOURCE"]) == (HOSTILE, PATH)
+    assert (constants["PROMPTS"], constants["SOURCE"]) == ([HOSTILE], PATH)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,6 @@ def test_what_a_recipe_says_comes_through_as_it_was_said() -> None:
         ({"task": "masked_lm"}, "task: masked_lm"),
         ({"metrics": ["token_accuracy"]}, "metrics"),
         ({"early_stopping": {}, "training": {"eval_strategy": "steps"}}, "early_stopping"),
-        (CHECKPOINT | {"lora": {}, "quantization": {}}, "quantization"),
         ({"distributed": {"strategy": "fsdp2"}}, "fsdp2"),
         ({"precision": {"mode": "fp8", "fp8": TRANSFORMER_ENGINE}}, "transformer_engine"),
         ({"machine": "2x8xH100"}, "2 nodes"),
