@@ -12,7 +12,7 @@ from mpt.hardware.machine import Machine
 from mpt.planning.decision import Decision, Origin, Rejected
 from mpt.planning.model_facts import ModelFacts
 from mpt.recipe.schema import Recipe
-from mpt.terms import FP8_MODES, DeviceKind, Precision, Strategy, Task
+from mpt.terms import FP8_MODES, DeviceKind, Metric, Precision, Strategy, Task
 
 Loss = Literal["chunked", "full", "liger"]
 
@@ -103,6 +103,8 @@ def _against_chunks(
 ) -> str | None:
     if recipe.task not in (Task.CAUSAL_LM, Task.SFT):
         return f"the loss of {recipe.task} is none over a vocabulary"
+    if Metric.TOKEN_ACCURACY in (recipe.metrics or ()):
+        return "metrics: token_accuracy needs every logit"
     if recipe.model.trust_remote_code:
         return "nobody knows what code from a checkpoint does between head and loss"
     if facts.model_type not in PLAIN_HEADS:
