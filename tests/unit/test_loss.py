@@ -49,6 +49,7 @@ def choose(
         (recipe(), {"strategy": Strategy.ZERO2, "precision": Precision.FP16}, "full", "loss scale"),
         (recipe(), {"precision": Precision.FP16}, "chunked", "tokens stand"),
         (recipe(training={"label_smoothing_factor": 0.1}), {}, "full", "label_smoothing_factor"),
+        (recipe(metrics=["token_accuracy"]), {}, "full", "token_accuracy"),
         (recipe(loss="full"), {}, "full", "asks for it"),
         (recipe(), {"layers": {"modules": [{"name": "lm_head", "precision": "fp8"}]}}, "full", "fp8"),
         (recipe(), {"layers": {"modules": [{"name": "lm_head", "precision": "fp32"}]}}, "chunked", "tokens stand"),
