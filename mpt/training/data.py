@@ -74,8 +74,8 @@ def read_documents(section: DataSection, *, seed: int) -> Documents:
         return Documents(train, held_out, (*notices, *more))
     if section.eval_fraction == 0:
         return Documents(train, None, notices)
-    count = int(len(train) * section.eval_fraction + 0.5)
-    if count == 0:
+    count = min(int(len(train) * section.eval_fraction + 0.5), len(train) - 1)
+    if count <= 0:
         cut = _cut_tail(train, section.eval_fraction)
         return replace(cut, notices=(*notices, *cut.notices))
     order = np.random.default_rng(seed).permutation(len(train))

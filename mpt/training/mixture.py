@@ -48,10 +48,10 @@ def _read_all(parts: Sequence[DataSection], split: str | None, read: Read) -> tu
 
 
 def _divide(tables: list[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any], list[str]]:
-    """Hold out a share of each table, at least a row of the largest; of streams, the first rows."""
+    """Hold out a share of each table, a row of the largest at least and never a whole one; of streams the first."""
     if not isinstance(tables[0], datasets.Dataset):
         return _divide_streams(tables)
-    counts = [int(len(table) * fraction + 0.5) for table in tables]
+    counts = [min(int(len(table) * fraction + 0.5), len(table) - 1) for table in tables]
     if not any(counts):
         largest = max(range(len(tables)), key=lambda index: len(tables[index]))
         counts[largest] = int(len(tables[largest]) > 1)
@@ -64,7 +64,7 @@ def _divide(tables: list[Any], fraction: float, seed: int) -> tuple[list[Any], l
 
 
 def _divide_streams(streams: list[Any]) -> tuple[list[Any], list[Any], list[str]]:
-    count = STREAMED_EVAL_DOCUMENTS // len(streams)
+    count = max(1, STREAMED_EVAL_DOCUMENTS // len(streams))
     rest = [stream.skip(count) for stream in streams]
     if any(next(iter(stream), None) is None for stream in rest):
         raise MptError(

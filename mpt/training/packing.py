@@ -107,7 +107,8 @@ def pack_rows(rows: Mapping[str, list[list[int]]], length: int) -> dict[str, lis
     features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in rows})
     bins = BestFitBins(datasets.Dataset.from_dict(dict(rows), features=features), length)
     packed = [bins[index] for index in range(len(bins))]
-    return {name: [list(sample[name]) for sample in packed] for name in (*bins.columns, LENGTHS)}
+    tokens = {name: [sample[name].tolist() for sample in packed] for name in bins.columns}
+    return tokens | {LENGTHS: [sample[LENGTHS] for sample in packed]}
 
 
 def lengths_of(samples: Any) -> np.ndarray | None:

@@ -145,6 +145,11 @@ def test_a_template_that_refuses_a_conversation_says_why_and_where() -> None:
         learnt(tokenizer_for(PICKY))
 
 
+def test_gemma_refuses_a_system_text_that_has_no_user_turn_to_stand_in() -> None:
+    with pytest.raises(MptError, match="has no system turn"):
+        learnt(tokenizer_for("gemma"), [TALK[0], TALK[2]])
+
+
 def test_tools_that_a_template_would_leave_out_are_refused() -> None:
     tokenizer = tokenizer_for("chatml")
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

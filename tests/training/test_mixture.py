@@ -13,7 +13,7 @@ from mpt.errors import MptError
 from mpt.planning.mixing import rows_of_mixture
 from mpt.recipe.schema import DataSection
 from mpt.training.conversation_rows import CONVERSATION, read_conversations
-from mpt.training.data import read_texts
+from mpt.training.data import read_documents, read_texts
 from mpt.training.mixture import read_parts
 
 
@@ -100,6 +100,17 @@ def test_of_a_few_rows_one_is_held_out_and_of_a_single_one_none(tmp_path: Path) 
     assert (len(documents.train), len(documents.held_out)) == (2, 1)
     documents = read_parts(DataSection(source=one), read_conversations, seed=1)
     assert (len(documents.train), documents.held_out) == (1, None)
+
+
+def test_no_source_is_held_out_whole(tmp_path: Path) -> None:
+    sources: list[Any] = [{"source": write(tmp_path, "one", 1), "weight": 3}, write(tmp_path, "two", 2)]
+    documents = read_parts(DataSection(source=sources, eval_fraction=0.75), read_conversations, seed=1)
+    assert (len(documents.train), len(documents.held_out)) == (4, 1)
+    assert sorted(names(documents.train))[:3] == ["one0"] * 3
+    text = read_documents(
+        DataSection(source=str(tmp_path / "one.jsonl"), text_column="prompt", eval_fraction=0.9), seed=1
+    )
+    assert len(text.train) == 1 and text.train[0]["text"]
 
 
 def test_maps_say_of_each_source_what_the_section_says_of_all(tmp_path: Path) -> None:

@@ -97,9 +97,10 @@ class DataSection(Section):
     """Tokens a sample."""
     packing: Literal["auto", "blocks", "best_fit", "none"] | Flag = "auto"
     """How documents become samples of `sequence_length` tokens. `blocks`: joined, end-of-text between them, and cut.
-    `best_fit`: whole documents (longer ones in pieces) share a sample and don't see one another. `none`: a document a
-    sample, truncated; how many were is reported. auto: `blocks` for causal_lm, `best_fit` for sft where the model keeps
-    documents apart, else `none`. True: `blocks` for causal_lm, `best_fit` for sft; false: `none`."""
+    `best_fit`: whole documents (longer ones in pieces; sft cuts them off) share a sample and don't see one another.
+    `none`: a document a sample, truncated; how many were is reported. auto: `blocks` for causal_lm, `best_fit` for
+    sft where the model keeps documents apart, else `none`. True: `blocks` for causal_lm, `best_fit` for sft; false:
+    `none`."""
     pad_to_multiple_of: Literal["auto"] | PositiveInt = "auto"
     """Pad batches to a multiple of so many tokens, for the matrix units. auto: on a GPU 16 in fp8 and 8 in the 16-bit
     modes; elsewhere 1."""
