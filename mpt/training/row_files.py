@@ -58,13 +58,20 @@ def read_file(path: Path, *, max_row_bytes: int) -> Rows:
     try:
         yield from read[kind_of(path)](path, max_row_bytes)
     except (gzip.BadGzipFile, zlib.error, EOFError, pa.ArrowInvalid) as error:
-        raise MptError(
-            f"{path} can't be read: {' '.join(str(error).split())[:300]}",
-            remedy="The file is torn or of another kind than its name says: write or download it anew.",
-        ) from error
+        raise _broken(path, error) from error
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())[:300]
-        raise MptError(f"{path} can't be read: {reason}", remedy="Check the path, its permissions and disk.") from error
+        if error.errno is None:  # pyarrow's word for what it can't unpack
+            raise _broken(path, error) from error
+        raise MptError(
+            f"{path} can't be read: {error.strerror}", remedy="Check the path, its permissions and disk."
+        ) from error
+
+
+def _broken(path: Path, error: BaseException) -> MptError:
+    return MptError(
+        f"{path} can't be read: {' '.join(str(error).split())[:300]}",
+        remedy="The file is torn or of another kind than its name says: write or download it anew.",
+    )
 
 
 def open_file(path: Path) -> Any:
@@ -116,10 +123,12 @@ class _NotUtf8Error(Exception):
     def __init__(self, byte: int, offset: int) -> None:
         super().__init__(f"not UTF-8 (byte 0x{byte:02x} at offset {offset})")
         self.offset = offset
+        # UTF-16 begins with a mark of these two bytes.
+        self.likely = "utf-16" if offset == 0 and byte in (0xFE, 0xFF) else "latin1"
 
     def row(self, path: Path) -> BadRow:
         kind = kind_of(path)
-        return BadRow(str(self), f"Convert it, for example: iconv -f latin1 -t utf-8 old{kind} > new{kind}")
+        return BadRow(str(self), f"Convert it, for example: iconv -f {self.likely} -t utf-8 old{kind} > new{kind}")
 
 
 def _decode(content: bytes, offset: int) -> str:
@@ -240,15 +249,15 @@ def _is_json(content: bytes) -> bool:
 
 
 class _CsvLines:
-    """The lines of a CSV file, as `csv` wants them; for one that can't be had `RefusedError`, and the next follows."""
-
-    class RefusedError(Exception):
-        """The line's BadRow."""
+    """The lines of a CSV file, as `csv` wants them. `refused` says what is wrong with a line of the row that is read;
+    such a line is handed on all the same, so that a quoted cell goes on behind it.
+    """
 
     def __init__(self, path: Path, file: BinaryIO, longest: int) -> None:
         self.path, self.longest = path, longest
         self.lines = _lines(file, longest)
         self.number = 0
+        self.refused: BadRow | None = None
 
     def __iter__(self) -> "_CsvLines":
         return self
@@ -257,46 +266,59 @@ class _CsvLines:
         line = next(self.lines)
         self.number = line.number
         if line.content is None:
-            raise self.RefusedError(_too_long(self.longest))
+            self.refused = _too_long(self.longest)
+            return "\n"
         try:
             return _decode(line.content, line.offset)
         except _NotUtf8Error as error:
-            raise self.RefusedError(error.row(self.path)) from error
+            self.refused = error.row(self.path)
+            return line.content.decode("utf-8", errors="replace")
 
 
 def _csv(path: Path, longest: int) -> Rows:
-    """Every cell is text, as it stands: no "NA" is taken for missing, no "7" for a number."""
+    """Every cell is text, as it stands: no "NA" is taken for missing, no "7" for a number. A row's place is the line
+    that it begins with."""
     csv.field_size_limit(max(longest, 1 << 17))
     with open_file(path) as file:
         lines = _CsvLines(path, file, longest)
-        reader = csv.reader(lines)
+        # Else a quote that is never closed would make the rest of the file one cell, without a word.
+        reader = csv.reader(lines, strict=True)
         header: list[str] | None = None
         while True:
+            place = f"{path}:{lines.number + 1}"
+            bad: BadRow | None = None
+            cells: list[str] = []
+            lines.refused = None
             try:
                 cells = next(reader)
             except StopIteration:
                 return
-            except _CsvLines.RefusedError as refused:
-                if header is None:
-                    bad = refused.args[0]
-                    raise MptError(f"{path}:{lines.number}: {bad.problem}", remedy=bad.remedy) from None
-                yield f"{path}:{lines.number}", refused.args[0]
-                continue
             except csv.Error as error:
-                yield f"{path}:{lines.number}", BadRow(f"not CSV: {error}", "Look for a quote that is never closed.")
-                continue
-            if not cells:
-                continue
-            if header is None:
-                header = cells
-            elif len(cells) > len(header):
-                bad = BadRow(
-                    f"{len(cells)} cells, more cells than the header has ({len(header)})",
-                    "Quote cells that hold a comma.",
+                bad = lines.refused or BadRow(
+                    f"not CSV: {error}", "Look for a quote that is never closed, or stands alone in a quoted cell."
                 )
-                yield f"{path}:{lines.number}", bad
             else:
-                yield f"{path}:{lines.number}", dict(zip(header, cells + [""] * len(header), strict=False))
+                bad = lines.refused or _csv_fault(cells, header)
+            if bad is not None:
+                if header is None:
+                    raise MptError(f"{place}: {bad.problem}", remedy=bad.remedy)
+                yield place, bad
+            elif cells and header is None:
+                header = cells
+            elif cells and header is not None:
+                yield place, dict(zip(header, cells + [""] * len(header), strict=False))
+
+
+def _csv_fault(cells: list[str], header: list[str] | None) -> BadRow | None:
+    """Say what is wrong with the cells of a row, or with those of the header where there was none yet."""
+    if header is None:
+        twice = next((name for name in cells if name and cells.count(name) > 1), None)
+        return None if twice is None else BadRow(f"two columns are named {twice}", "Give each a name of its own.")
+    if len(cells) <= len(header):
+        return None
+    return BadRow(
+        f"{len(cells)} cells, more cells than the header has ({len(header)})", "Quote cells that hold a comma."
+    )
 
 
 def _parquet(path: Path, longest: int) -> Rows:

@@ -21,7 +21,7 @@ from mpt.training.cache import cache_folder, digest, hash_files, making
 from mpt.training.progress import beat
 from mpt.training.row_files import TEXT, BadRow, Rows, json_kind, read_file
 
-VERSION = "rows-1"
+VERSION = "rows-2"
 GROUP_BYTES = 1 << 28  # of small files that share a table
 BATCH_ROWS = 1000
 BATCH_BYTES = 1 << 20

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 
 from mpt.errors import MptError
@@ -15,7 +16,7 @@ from mpt.recipe.schema import DataSection
 from mpt.training.bad_rows import BadRows
 from mpt.training.corpus import explain_rows, read_corpus, read_rows
 from mpt.training.data import read_documents
-from mpt.training.row_files import DOCUMENT_BYTES, BadRow
+from mpt.training.row_files import DOCUMENT_BYTES, BadRow, read_file
 
 GOOD = '{"text": "good"}\n'
 BAD = ['{"text": "torn\n', '["a list"]\n', '{"text": null}\n', '{"text": 7}\n', '{"title": "x"}\n', "caf\xe9\n"]
@@ -101,6 +102,8 @@ def test_the_limit_counts_over_all_files(tmp_path: Path) -> None:
         ("a.csv", b'a,b,c,d\n', "4 cells, more cells than the header has (2)"),
         ("a.csv", b'caf\xe9,x\n', "not UTF-8 (byte 0xe9 at offset 17)"),
         ("a.csv", b"x" * 5000 + b",y\n", "longer than 2000 bytes"),
+        ("a.csv", b'"caf\xe9\nand,more",x\n', "not UTF-8 (byte 0xe9 at offset 18)"),
+        ("a.csv", b'"a"b,x\n', "not CSV: "),
         ("a.jsonl", b'{"text": "' + b"x" * 5000 + b'"}\n', "longer than 2000 bytes"),
         ("a.jsonl", b'{"text": NaN}\n', "not JSON that can be read: NaN is no JSON number"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"\ud800 is half of a surrogate pair"),
@@ -113,6 +116,37 @@ def test_reading_goes_on_after_a_bad_row(name: str, bad_row: bytes, problem: str
     assert len(table) == 2
     (example,) = bad.examples
     assert example.startswith(f"{source}:{3 if name == 'a.csv' else 2}: {problem}")
+
+
+def test_a_quote_that_is_never_closed_takes_no_rows_along_in_silence(tmp_path: Path) -> None:
+    source = write(tmp_path, "a.csv", 'text,id\none,1\n"two,2\nthree,3\n')
+    assert refusal(source).startswith(f"{source}:3: not CSV: ")
+
+
+def test_a_row_of_a_csv_is_named_by_the_line_that_it_begins_with(tmp_path: Path) -> None:
+    source = write(tmp_path, "a.csv", 'text\n\n"one\nand\nmore"\ntwo,x\n')
+    places = [place for place, _ in read_file(Path(source), max_row_bytes=2000)]
+    assert places == [f"{source}:3", f"{source}:6"]
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    assert "two columns are named text" in refusal(write(tmp_path, "a.csv", "text,text\na,b\n"))
+    assert read(write(tmp_path, "b.csv", "text,,\na,,\n"))[0]["text"][:] == ["a"]
+
+
+@pytest.mark.parametrize(("coding", "named"), [("utf-16", "utf-16"), ("latin-1", "latin1")])
+def test_the_remedy_converts_from_what_the_file_looks_like(coding: str, named: str, tmp_path: Path) -> None:
+    source = write(tmp_path, "a.txt", "caf\xe9".encode(coding))
+    with pytest.raises(MptError) as caught:
+        read(source)
+    assert f"iconv -f {named} -t utf-8 old.txt" in caught.value.remedy
+
+
+@pytest.mark.parametrize("content", [b"no zstd", pa.compress(GOOD.encode() * 9, "zstd", asbytes=True)[:-3]])
+def test_a_torn_or_foreign_zst_is_said_to_be_that(content: bytes, tmp_path: Path) -> None:
+    with pytest.raises(MptError, match=r"a.jsonl.zst can't be read") as caught:
+        read(write(tmp_path, "a.jsonl.zst", content))
+    assert caught.value.remedy.startswith("The file is torn or of another kind")
 
 
 def test_a_huge_row_never_stands_in_memory(tmp_path: Path) -> None:
