@@ -138,12 +138,21 @@ def _conversations(source: _Source, layout: str, files: Iterable[str] | None = N
 
 
 def _stream(source: _Source, layout: str, files: list[str] | None = None) -> Iterator[dict[str, str]]:
-    bad = BadRows(source.section.max_bad_rows)
-    for place, row in _conversations(source, layout, files):
-        if isinstance(row, BadRow):
-            bad.add(place, row.problem, row.remedy)
-        else:
-            yield {CONVERSATION: json.dumps(row, ensure_ascii=False), PLACE: place}
+    """Yield the conversations of a stream. As of streamed text, a number of bad rows is allowed of each pass of one
+    process; a share, of the rows of each file."""
+    allowed = source.section.max_bad_rows
+    bad = BadRows(allowed)
+    for part in [None] if files is None else [[path] for path in files]:
+        good = 0
+        if allowed < 1:
+            bad = BadRows(allowed)
+        for place, row in _conversations(source, layout, part):
+            if isinstance(row, BadRow):
+                bad.add(place, row.problem, row.remedy)
+            else:
+                good += 1
+                yield {CONVERSATION: json.dumps(row, ensure_ascii=False), PLACE: place}
+        bad.check_share(good)
 
 
 def _table(source: _Source, layout: str) -> tuple[datasets.Dataset, tuple[str, ...]]:

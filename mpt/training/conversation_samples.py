@@ -25,7 +25,7 @@ TOKENS = datasets.List(datasets.Value("int32"))
 FEATURES = {"input_ids": TOKENS, "labels": TOKENS}
 # Of a sample before truncation: all tokens, and those to learn.
 COUNTS = {LENGTH: datasets.Value("int32"), "learnt": datasets.Value("int32")}
-VERSION = "conversations-2"
+VERSION = "conversations-3"
 
 
 def prepare_conversations(

@@ -110,14 +110,23 @@ class ConversationWriter:
 
     def _start(self, text: str, messages: list[dict[str, Any]], tools: Any, first: int, place: str) -> int:
         """Find where message `first` begins behind its header, which is what asks for an answer."""
-        if first == 0:
-            return 0
         template = self._template(tools)
+        if first == 0:
+            return self._start_of_all(text, tools, template)
         before, _ = self._render(messages[:first], tools, template)
         shortest = self._checked_prefix(text, before, first, place)
         asked, _ = self._render(messages[:first], tools, template, add_generation_prompt=True)
         # What asks for an answer may say more than stands before one that is given, such as a <think>.
         return max(shortest, _common_prefix(text, asked))
+
+    def _start_of_all(self, text: str, tools: Any, template: str) -> int:
+        """Find where a conversation's very first message begins, if it is an answer: behind the first header."""
+        question = [{"role": "user", "content": "Is it so?"}]
+        before, _ = self._render(question, tools, template)
+        asked, _ = self._render(question, tools, template, add_generation_prompt=True)
+        header = asked.removeprefix(before)
+        found = text.find(header)
+        return 0 if found < 0 else found + len(header)
 
     def _checked_prefix(self, text: str, prefix: str, number: int, place: str) -> int:
         if text.startswith(prefix):

@@ -182,6 +182,17 @@ def test_a_turn_of_sharegpt_keeps_its_weight(tmp_path: Path) -> None:
     assert [message.get("weight") for message in one["messages"]] == [None, 0, None, None]
 
 
+@pytest.mark.parametrize("limit", [0.3, 1], ids=["a share", "a number"])
+def test_more_bad_rows_of_a_stream_than_are_allowed_end_it(limit: float, tmp_path: Path) -> None:
+    good = write(tmp_path, *[ROWS["messages"]] * 8, name="good.jsonl")
+    source = write(tmp_path, ROWS["messages"], "[1]", ROWS["messages"], "[2]", ROWS["messages"])
+    section = DataSection(source=str(tmp_path / "*.jsonl"), max_bad_rows=limit, streaming=True)
+    with pytest.raises(MptError, match=rf"{source}:2: .*not a JSON object"):
+        list(read_conversations(section, "train")[0])
+    assert len(list(read_conversations(section.model_copy(update={"source": good}), "train")[0])) == 8
+    assert len(list(read_conversations(section.model_copy(update={"max_bad_rows": 0.4}), "train")[0])) == 11
+
+
 def test_bytes_that_are_no_utf8_are_told_with_their_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(ROWS["messages"]).encode() + b'\n{"messages": "\xff"}\n')

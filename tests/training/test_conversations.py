@@ -41,6 +41,8 @@ SHORT = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' %}
 {%- generation %}{{- message.content }}{%- endgeneration %}{% else %}{{- message.content }}{% endif %}
 {{- '<|im_end|>\\n' }}{%- endfor %}"""
+# Qwen 2.5's habit: a system text of its own where the conversation has none.
+GREETS = "{{- '<|im_start|>system\\nYou are kind.<|im_end|>\\n' if messages[0].role != 'system' }}" + QWEN
 PICKY = "{{ raise_exception('System role not supported') if messages[0].role == 'system' }}" + QWEN
 
 
@@ -120,6 +122,12 @@ def test_an_answer_that_thinks_is_found_in_the_last_turn_and_several_turns_are_r
     with pytest.raises(MptError, match=r"here:1: .* otherwise where more turns follow") as caught:
         learnt(tokenizer)
     assert "last_assistant" in caught.value.remedy and "generation" in caught.value.remedy
+
+
+@pytest.mark.parametrize("template", [*BUILT_IN, QWEN, GREETS], ids=[*BUILT_IN, "found", "with a system text"])
+def test_a_conversation_that_begins_with_an_answer_learns_no_header(template: str) -> None:
+    found = learnt(tokenizer_for(template), TALK[2:])
+    assert [text.strip()[:10] for text in found] == ["The simple", "A range of"]
 
 
 @pytest.mark.parametrize("template", ["chatml", QWEN], ids=["marked", "found"])
