@@ -23,7 +23,7 @@ from mpt.planning.loss import chunk_tokens
 from mpt.planning.plan import Plan
 from mpt.running.journal import Journal
 from mpt.running.run_directory import RunDirectory
-from mpt.terms import Metric, Task
+from mpt.terms import LANGUAGE_TASKS, Metric, Task
 from mpt.training.audit import Audit
 from mpt.training.background import trained_state
 from mpt.training.checkpointing import Saver
@@ -45,6 +45,7 @@ from mpt.training.precision.reduction import ReduceIn, reduce_in
 from mpt.training.precision.transformer_engine import checkpoint_contexts
 from mpt.training.replay import Replay
 from mpt.training.step_watch import StepWatch
+from mpt.training.token_loss import TokenLoss, ignore_repeated
 from mpt.training.trackers import keep_tracker_runs
 
 
@@ -74,6 +75,7 @@ class PlanTrainer(Trainer):
         self.write_samples: Callable[[], None] | None = None
         """What is called after each evaluation of the training."""
         self.sampled_at: int | None = None
+        self._token_loss: TokenLoss | None = None  # of the evaluation under way
         self.reduction: ReduceIn | None = None
         self.evidence = Evidence()
         self.order: DataOrder | None = None
@@ -290,8 +292,21 @@ class PlanTrainer(Trainer):
     # --- evaluation
 
     def prediction_step(self, model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self._token_loss is not None:
+            ignore_repeated(inputs, self.accelerator)
         inputs.pop(SAMPLE_TOKENS, None)
         return super().prediction_step(model, inputs, *arguments, **keywords)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self._token_loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]  # label smoothing takes them out
+        # Without a number of items a model gives the mean of this process's own batch.
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        self._token_loss.add(loss, labels)
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         self._phase("evaluating")
@@ -312,9 +327,17 @@ class PlanTrainer(Trainer):
         return metrics
 
     def evaluation_loop(self, *arguments: Any, **keywords: Any) -> Any:
-        """Add the perplexity, which follows from the loss, where trackers and the choice of the best model see it."""
-        output = super().evaluation_loop(*arguments, **keywords)
+        """Average a language model's loss over the tokens, and add the perplexity, which follows from it, where
+        trackers and the choice of the best model see them."""
+        task = self.plan.value("task")
+        self._token_loss = TokenLoss(shift=task != Task.MASKED_LM) if task in LANGUAGE_TASKS else None
         prefix = keywords.get("metric_key_prefix", "eval")
+        try:
+            output = super().evaluation_loop(*arguments, **keywords)
+            if self._token_loss is not None:
+                output.metrics[f"{prefix}_loss"] = self._token_loss.mean(self.accelerator)
+        finally:
+            self._token_loss = None
         loss = output.metrics.get(f"{prefix}_loss")
         if loss is not None and Metric.PERPLEXITY in self.plan.value("metrics"):
             output.metrics[f"{prefix}_perplexity"] = perplexity(loss)

@@ -3,6 +3,9 @@
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ import torch
 from mpt.reporting.summary import summarise
 from mpt.training.collation import IGNORED
 from mpt.training.metrics import count_right, of_classes, of_numbers, share
-from tests.training.tiny_runs import Run, continue_from
+from tests.training.tiny_runs import BERT, Run, continue_from
 
 
 def test_classes_are_judged_as_scikit_learn_does_with_the_average_that_fits_their_number() -> None:
@@ -92,3 +95,26 @@ def test_a_run_that_gains_to_its_end_has_not_stopped_early(new_run: Callable[...
     assert run.train() == 0, run.log()
     assert (run.last_word()["step"], run.last_word()["stopped_early"]) == (6, None)
     assert not summarise(run.directory)["stopped_early"]
+
+
+@pytest.mark.slow
+def test_the_loss_is_the_mean_over_tokens_however_they_are_divided(new_run: Callable[..., Run], tmp_path: Path) -> None:
+    texts = ["Yes.", "No.", topics["lambda"], "Perhaps.", topics["assert"], "Never.", "A b.", topics["del"], "Why?"]
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    data = {"packing": False, "eval_source": str(held_out)}
+
+    def evaluated(batch: int, processes: int = 1, **changes: Any) -> float:
+        training = {"max_steps": 1, "per_device_eval_batch_size": batch}
+        if processes > 1:
+            changes["distributed"] = {"processes_per_node": processes}
+        run = new_run(data=data, global_batch_size=8, micro_batch_size=4, training=training, **changes)
+        assert run.train(processes=processes) == 0, run.log()
+        return float(run.last_word()["eval_loss"])
+
+    one = evaluated(1)
+    assert evaluated(9) == pytest.approx(one, abs=1e-5)
+    # The last batches of two processes are filled up with samples that were evaluated by then.
+    assert evaluated(2, processes=2) == pytest.approx(one, abs=1e-5)
+    masked = {"task": "masked_lm", "model": {"config": BERT}}
+    assert evaluated(2, **masked) == pytest.approx(evaluated(1, **masked), abs=1e-5)
