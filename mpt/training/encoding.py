@@ -92,11 +92,14 @@ class TokenRows:
 
 def identify(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Write down what a tokenizer does; its pickle changes with use."""
+    # Not in the engine's own text, and they change what comes out.
+    settings = (tokenizer.eos_token_id, tokenizer.split_special_tokens, tokenizer.truncation_side)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return f"{tokenizer.name_or_path} {sorted(tokenizer.get_vocab().items())}"
+        return f"{tokenizer.name_or_path} {sorted(tokenizer.get_vocab().items())} {settings}"
     # How it last truncated and padded is state, and no part of what it does.
-    return json.dumps(json.loads(backend.to_str()) | {"truncation": None, "padding": None}, ensure_ascii=False)
+    parts = json.loads(backend.to_str()) | {"truncation": None, "padding": None, "settings": settings}
+    return json.dumps(parts, ensure_ascii=False)
 
 
 def _plain_backend(tokenizer: "PreTrainedTokenizerBase") -> Tokenizer | None:

@@ -100,6 +100,24 @@ def test_a_second_preparation_takes_everything_from_the_cache_and_says_so(tokeni
     assert not any("cache" in notice for notice in prepare(tokenizer))
 
 
+@pytest.mark.parametrize(
+    "change", [{"eos_token": "<|end|>"}, {"split_special_tokens": True}], ids=["end of text", "split special tokens"]
+)
+def test_a_tokenizer_with_another_setting_gets_tokens_of_its_own(change: dict[str, Any], tmp_path: Path) -> None:
+    """Neither stands in the tokenizer's engine, which is what its file tokenizer.json says."""
+    tokenizer = train_tokenizer(TEXTS[:20], 400, special_tokens=["<|end|>"])
+    table = corpus(tmp_path, ["Before.<|end|>After."])
+    found = []
+    for _ in range(2):
+        encode = Encoder(tokenizer, marks_text=False)
+        (row,) = prepare_table(table, TokenRows(encode, None), workers=1).table["input_ids"][:]
+        assert [row] == [tokens for tokens in encode(table["text"][:])]
+        found.append(row)
+        for name, value in change.items():
+            setattr(tokenizer, name, value)
+    assert found[0] != found[1]
+
+
 KILLED = """
 import sys, time
 from pathlib import Path
