@@ -4,6 +4,7 @@ The run directory is the only channel between supervisor and worker, and a contr
 no absolute path that decides anything: moved or copied as a whole, a run goes on.
 """
 
+import errno
 import json
 import os
 import tempfile
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpt.errors import MptError, StorageError
+
+# What the system says of a disk that is full, read-only or broken.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)

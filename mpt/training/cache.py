@@ -4,16 +4,19 @@ Everything in it is named after the content that it follows from, appears whole 
 time that nothing is prepared; what is missing is made again.
 """
 
+import errno
 import fcntl
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import datasets
 import xxhash
 
+from mpt.errors import MptError, StorageError
+from mpt.running.run_directory import NO_ROOM, make_durable
 from mpt.training.progress import beat
 
 READ_BYTES = 1 << 22
@@ -23,11 +26,21 @@ WAIT_S = 0.2
 
 
 def cache_folder(kind: str) -> Path:
-    """Give the folder of one kind of prepared data; it is made."""
+    """Give the folder of one kind of prepared data; it is made. Raises StorageError where it can't be."""
     own = os.environ.get("MPT_CACHE")
     folder = (Path(own).expanduser() if own else Path(datasets.config.HF_DATASETS_CACHE) / "mpt") / kind
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refused(folder, error) from error
     return folder
+
+
+def _refused(folder: Path, error: OSError) -> StorageError:
+    return StorageError(
+        f"prepared data can't be kept in {folder}: {error.strerror}",
+        remedy="Free space or mend permissions there, or name another folder with MPT_CACHE.",
+    )
 
 
 def digest(*parts: object) -> str:
@@ -58,9 +71,18 @@ def hash_files(paths: Sequence[Path]) -> str:
                 found.update(piece)
     if all(time.time() - stat.st_ctime > SETTLED_S for stat in stats):
         staging = known.with_name(f".{known.name}-{os.getpid()}")
-        staging.write_text(found.hexdigest(), encoding="utf-8")
-        staging.replace(known)
+        with suppress(OSError):  # a cache that can't be written may hold all that is needed
+            staging.write_text(found.hexdigest(), encoding="utf-8")
+            make_durable(staging)
+            staging.replace(known)
     return found.hexdigest()
+
+
+def check_unchanged(paths: Sequence[Path], content: str) -> None:
+    """Raise MptError where files no longer have the content that `hash_files` found: what was read bears its name."""
+    if hash_files(paths) != content:
+        more = f" or one of {len(paths) - 1} more files" if len(paths) > 1 else ""
+        raise MptError(f"{paths[0]}{more} changed while it was read", remedy="Start again when it is written.")
 
 
 @contextmanager
@@ -68,7 +90,7 @@ def making(final: Path) -> Iterator[Path | None]:
     """Give the folder to prepare `final` in, with what an interrupted preparation left there; None where it is there.
 
     It gets its final name when the block ends without an error. One process at a time prepares: the others wait,
-    and beat. A process that is killed leaves no lock.
+    and beat. A process that is killed leaves no lock. Raises StorageError where the disk refuses.
     """
     staging = final.with_name(f".{final.name}.part")
     lock = -1
@@ -86,7 +108,13 @@ def making(final: Path) -> Iterator[Path | None]:
             yield None
             return
         yield staging
+        for path in staging.iterdir():  # a power cut after the rename would leave rows out
+            make_durable(path)
         staging.rename(final)
+    except OSError as error:
+        if error.errno not in (*NO_ROOM, errno.EACCES, errno.EPERM):
+            raise
+        raise _refused(final.parent, error) from error
     finally:
         if lock >= 0:
             os.close(lock)

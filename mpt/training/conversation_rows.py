@@ -19,7 +19,7 @@ from mpt.recipe.schema import DataSection
 from mpt.recipe.sources import FILL, check_builtin, expand, kind_of
 from mpt.training.bad_rows import BadRows
 from mpt.training.builtin_questions import builtin_questions
-from mpt.training.cache import cache_folder, digest, hash_files, making
+from mpt.training.cache import cache_folder, check_unchanged, digest, hash_files, making
 from mpt.training.corpus import load_hub
 from mpt.training.layouts import BadRowError, known_layouts, layout_of, to_conversation
 from mpt.training.progress import beat
@@ -57,6 +57,8 @@ class _Source:
         self.files: list[str] = []
         self.identity = ""
         """What the rows follow from."""
+        self.content: str | None = None
+        """Of files that are read whole: its hash."""
         self._rows: Any = None
         if self.name.startswith("builtin:"):
             check_builtin(self.name)
@@ -69,7 +71,8 @@ class _Source:
             paths = expand(self.name)
             self.files = [str(path) for path in paths]
             if not section.streaming:
-                self.identity = digest(self.files, hash_files(paths))
+                self.content = hash_files(paths)
+                self.identity = digest(self.files, self.content)
 
     def rows(self, files: Iterable[str] | None = None) -> Rows:
         """Yield the place and content of each row; of some of the files, where there are files."""
@@ -163,6 +166,8 @@ def _table(source: _Source, layout: str) -> tuple[datasets.Dataset, tuple[str, .
     with making(folder) as staging:
         if staging is not None:
             notices = _write(source, layout, staging / "rows.arrow")
+            if source.content is not None:
+                check_unchanged(list(map(Path, source.files)), source.content)
             (staging / "notices.json").write_text(json.dumps(notices), encoding="utf-8")
     table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     table._fingerprint = folder.name

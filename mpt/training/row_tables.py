@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 
 from mpt.recipe.sources import kind_of
 from mpt.training.bad_rows import SHOWN
-from mpt.training.cache import cache_folder, digest, hash_files, making
+from mpt.training.cache import cache_folder, check_unchanged, digest, hash_files, making
 from mpt.training.progress import beat
 from mpt.training.row_files import TEXT, BadRow, Rows, json_kind, read_file
 
@@ -70,13 +70,16 @@ def read_table(
 ) -> RowTable:
     """Read rows from the cache, or from the files into it: `column` alone under the name `text`, or (None) all columns.
 
-    `on_bad` hears of each bad row when the files are read, and may raise. Raises MptError for a file that is broken.
+    `on_bad` hears of each bad row when the files are read, and may raise. Raises MptError for a file that is broken or
+    changes while it is read.
     """
-    key = digest(VERSION, hash_files(paths), [kind_of(path) for path in paths], column, max_row_bytes)
+    content = hash_files(paths)
+    key = digest(VERSION, content, [kind_of(path) for path in paths], column, max_row_bytes)
     folder = cache_folder("rows") / key
     with making(folder) as staging:
         if staging is not None:
             _write(paths, column, max_row_bytes, staging, on_bad)
+            check_unchanged(paths, content)
     table = datasets.Dataset.from_file(str(folder / "rows.arrow"))
     table._fingerprint = key
     told = json.loads((folder / "bad.json").read_text(encoding="utf-8"))

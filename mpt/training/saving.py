@@ -4,7 +4,6 @@ Hugging Face writes checkpoints in place (and chooses the highest number however
 writes into a staging folder, and `mpt.running.checkpoints` commits.
 """
 
-import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,9 +15,8 @@ import torch
 from safetensors import SafetensorError
 
 from mpt.errors import StorageError
-from mpt.running.run_directory import make_durable
+from mpt.running.run_directory import NO_ROOM, make_durable
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 # What torch's and safetensors' writers say where the system call's own error is lost.
 WRITERS_WORDS = (
     "unexpected pos",

@@ -1,6 +1,7 @@
 """Rows that can't be used: found with file and line, left out where that is allowed, never too large for the memory."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,11 +12,12 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 
-from mpt.errors import MptError
+from mpt.errors import MptError, StorageError
 from mpt.recipe.schema import DataSection
 from mpt.training.bad_rows import BadRows
 from mpt.training.corpus import explain_rows, read_corpus, read_rows
 from mpt.training.data import read_documents
+from mpt.training.progress import heard_by
 from mpt.training.row_files import DOCUMENT_BYTES, BadRow, read_file
 
 GOOD = '{"text": "good"}\n'
@@ -266,3 +268,49 @@ def test_files_without_a_row_are_refused(tmp_path: Path) -> None:
 def test_files_whose_columns_contradict_each_other_are_refused(tmp_path: Path) -> None:
     both = [write(tmp_path, "a.jsonl", '{"a": 1}\n'), write(tmp_path, "b.csv", "a\nx\n")]
     assert "have different columns" in refusal(both, read_rows)
+
+
+@pytest.mark.parametrize("reader", [read_corpus, read_rows])
+def test_a_file_that_changes_while_it_is_read_is_not_kept_under_its_old_name(
+    reader: Callable[..., Any], tmp_path: Path
+) -> None:
+    source = write(tmp_path, "a.jsonl", GOOD * 3)
+
+    def append_a_row() -> None:  # a sign of life comes amid the reading
+        with Path(source).open("a") as file:
+            file.write(GOOD)
+
+    with heard_by(append_a_row):
+        assert refusal(source, reader) == f"{source} changed while it was read"
+    assert len(read(source, reader)[0]) > 3
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_what_names_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPT_CACHE", "/proc/nowhere")
+    with pytest.raises(StorageError, match="kept in /proc/nowhere/contents: No such file") as caught:
+        read(write(tmp_path, "a.jsonl", GOOD))
+    assert "MPT_CACHE" in caught.value.remedy
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+def test_a_disk_that_fills_up_is_named_and_a_read_only_one_serves_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("no disk can be mounted here")
+    monkeypatch.setenv("MPT_CACHE", str(disk))
+    few, many = write(tmp_path, "few.jsonl", GOOD), write(tmp_path, "many.jsonl", GOOD * 50_000)
+    try:
+        read(few)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        assert read(few)[0]["text"][:] == ["good"]
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        with pytest.raises(StorageError, match=f"kept in {disk}/rows: .*No space left") as caught:
+            read(many)
+        assert "MPT_CACHE" in caught.value.remedy
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -1,4 +1,4 @@
-"""Processes that prepare the same thing: one does it, the others wait, with signs of life."""
+"""Processes that prepare the same thing: one does it, the others wait, with signs of life; and a disk that refuses."""
 
 import threading
 from collections.abc import Callable
