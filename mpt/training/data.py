@@ -142,7 +142,7 @@ def prepare_samples(
     blocks = PackedBlocks(train, sequence_length)
     if len(blocks) == 0:
         raise MptError(
-            f"{source} has {blocks.tokens} tokens to train on, less than one block of data.sequence_length "
+            f"{source} has {blocks.tokens} tokens{_left(documents)}, less than one block of data.sequence_length "
             f"{sequence_length}",
             remedy="Set data.sequence_length lower, set data.packing: best_fit or none, or give more text.",
         )
@@ -161,6 +161,13 @@ def prepare_samples(
             else f"the held-out text is one block of {eval_blocks.tokens} tokens"
         )
     return Samples(blocks, eval_blocks, tuple(notices))
+
+
+def _left(documents: Documents) -> str:
+    """Say that what is held out is not counted; where the same text is evaluated on, nothing is."""
+    held_out = documents.held_out
+    is_apart = held_out is not None and held_out._fingerprint != documents.train._fingerprint
+    return " left to train on" if is_apart else ""
 
 
 def pack_apart(samples: Samples, length: int) -> Samples:

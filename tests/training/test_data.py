@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -226,10 +227,20 @@ def test_without_packing_a_document_is_a_sample_padded_and_masked(tokenizer: Any
 
 
 def test_text_shorter_than_a_block_is_refused_and_says_what_to_do(tokenizer: Any, tmp_path: Path) -> None:
-    documents = read_documents(DataSection(source=write(tmp_path, "a.txt", "short"), eval_fraction=0), seed=1)
-    with pytest.raises(MptError, match="less than one block") as caught:
-        prepare_samples(documents, tokenizer, sequence_length=64, packing="blocks", source="a.txt")
-    assert "packing: best_fit" in caught.value.remedy
+    source = write(tmp_path, "a.txt", "short\nand shorter\n")
+
+    def refusal(**keys: Any) -> MptError:
+        documents = read_documents(DataSection(source=source, **keys), seed=1)
+        with pytest.raises(MptError) as caught:
+            prepare_samples(documents, tokenizer, sequence_length=64, packing="blocks", source="a.txt")
+        return caught.value
+
+    error = refusal(eval_fraction=0)
+    assert re.fullmatch(r"a.txt has \d+ tokens, less than one block of data.sequence_length 64", error.problem)
+    assert "packing: best_fit" in error.remedy
+    # An evaluation of other data than a recipe's: nobody trains on them.
+    assert refusal(eval_source=source).problem == error.problem
+    assert " tokens left to train on, less than one block" in refusal(eval_fraction=0.5).problem
 
 
 def test_a_stream_that_is_too_short_to_hold_anything_out_is_refused(tmp_path: Path) -> None:

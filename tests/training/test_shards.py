@@ -111,7 +111,7 @@ def test_a_tokenizer_with_another_setting_gets_tokens_of_its_own(change: dict[st
     for _ in range(2):
         encode = Encoder(tokenizer, marks_text=False)
         (row,) = prepare_table(table, TokenRows(encode, None), workers=1).table["input_ids"][:]
-        assert [row] == [tokens for tokens in encode(table["text"][:])]
+        assert [row] == list(encode(table["text"][:]))
         found.append(row)
         for name, value in change.items():
             setattr(tokenizer, name, value)
