@@ -45,7 +45,9 @@ def by_mpt(source: Path, tokenizer: Any, workers: int) -> int:
     from mpt.training.data import prepare_samples, read_documents
 
     documents = read_documents(DataSection(source=str(source), eval_fraction=0), seed=1)
-    samples = prepare_samples(documents, tokenizer, sequence_length=LENGTH, packing="blocks", source="", workers=workers)
+    samples = prepare_samples(
+        documents, tokenizer, sequence_length=LENGTH, packing="blocks", source="", workers=workers
+    )
     return len(samples.train) * LENGTH
 
 
