@@ -1,8 +1,10 @@
 """Which optional packages are installed here: found without importing them."""
 
+import os
 import re
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from shutil import which
 
 # Packages on which a decision depends.
 CONSIDERED = (
@@ -37,7 +39,8 @@ VERSIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...] | None]] = {
 def installed_packages() -> frozenset[str]:
     """Name those of the considered packages that are installed in this environment, in a version that is of use."""
     found = {name for name in CONSIDERED if find_spec(name) is not None}
-    return frozenset(found | {name for name in VERSIONS if _is_of_use(name)})
+    has_compiler = any(which(name) for name in (os.environ.get("CXX"), "g++", "clang++") if name)
+    return frozenset(found | {name for name in VERSIONS if _is_of_use(name)} | ({"c++"} if has_compiler else set()))
 
 
 def _is_of_use(name: str) -> bool:

@@ -7,13 +7,11 @@ from typing import Any
 
 from mpt.errors import MptError
 from mpt.hardware.machine import Machine
-from mpt.planning.decision import Decision, Origin, Rejected
-from mpt.planning.float8 import check_backend, compiles, recomputes
-from mpt.recipe.schema import Float8Section, PrecisionSection, Recipe
-from mpt.terms import FP8_MODES, DeviceKind, Feature, Precision, Strategy
+from mpt.planning.decision import Decision, Origin
+from mpt.planning.float8 import check_backend, recomputes
+from mpt.recipe.schema import Float8Section, PrecisionSection
+from mpt.terms import FP8_MODES, DeviceKind, Feature, Precision
 
-COMPILE_KEY = "torch_compile"
-COMPILE_OPTIONS = ("torch_compile_backend", "torch_compile_mode")  # either turns it on (TrainingArguments)
 RULED = ("tensorwise", "rowwise")  # recipes for which torchao published which layers gain
 
 
@@ -54,30 +52,6 @@ def choose_float8(
         reason = "EMULATED: this machine has no fp8 units; right numbers, slower than bf16"
     origin = Origin.AUTO if section.fp8 is None else Origin.ASKED
     return Decision(value, origin, reason)
-
-
-def choose_compile(recipe: Recipe, fp8: dict[str, Any] | None, strategy: Strategy) -> Decision[bool]:
-    """Decide on torch.compile: what the recipe says, and by default for native fp8 alone, and not under ZeRO-3.
-
-    Raises MptError where it was asked for and the fp8 recipe refuses it.
-    """
-    keys = recipe.training_keys
-    given = [key for key in (COMPILE_KEY, *COMPILE_OPTIONS) if keys.get(key) is not None]
-    if given:
-        does = bool(keys.get(COMPILE_KEY)) or given != [COMPILE_KEY]
-        if does and fp8 is not None and fp8["recipe"] == "delayed":
-            raise MptError(
-                f"training.{given[0]} asks for torch.compile, which Transformer Engine's delayed scaling refuses",
-                remedy=f"Remove training.{given[0]}, or ask for precision.fp8.recipe tensorwise.",
-            )
-        return Decision(does, Origin.ASKED, f"the recipe's training.{given[0] if does else COMPILE_KEY}")
-    if fp8 is None or fp8["emulated"]:
-        return Decision(False, Origin.AUTO, "only native fp8 needs it; `training: {torch_compile: true}` asks for it")
-    does, reason = compiles(fp8["backend"], fp8["recipe"])
-    if does and strategy is Strategy.ZERO3:
-        does, reason = False, "ZeRO-3 gathers weights in hooks, which break the compiler's graphs at every layer"
-    asks = f"`training: {{torch_compile: {str(not does).lower()}}}` asks for it"
-    return Decision(does, Origin.AUTO, reason, (Rejected(not does, asks),))
 
 
 def check_recomputed(fp8: dict[str, Any] | None, *, gradient_checkpointing: bool) -> None:

@@ -14,10 +14,11 @@ from mpt.hardware.machine_json import machine_from_json, machine_to_json
 from mpt.planning.adapters import choose_adapters
 from mpt.planning.attention import choose_attention
 from mpt.planning.background_saving import choose_background_saving
+from mpt.planning.compiling import choose_compile
 from mpt.planning.data_workers import choose_data_workers
 from mpt.planning.decision import Decision, Origin, Rejected
 from mpt.planning.deepspeed import to_deepspeed
-from mpt.planning.float8_engine import check_recomputed, choose_compile, choose_float8
+from mpt.planning.float8_engine import check_recomputed, choose_float8
 from mpt.planning.layers import check_tied, choose_layers, island_dtypes, keeps_mlp_wide
 from mpt.planning.loss import choose_loss
 from mpt.planning.memory import MemoryEstimate
@@ -152,6 +153,7 @@ def resolve(
     has_islands = bool(islands)
     adapters = choose_adapters(recipe, facts, modules)
     quantization = choose_quantization(recipe, precision.value, machine, facts, modules, packages, islands)
+    sequence_length = _sequence_length(recipe, facts)
     attention = choose_attention(
         None if recipe.attention == "auto" else Attention(recipe.attention),
         machine,
@@ -159,10 +161,10 @@ def resolve(
         packages,
         facts,
         is_packed=wants_best_fit(recipe),
+        sequence_length=sequence_length.value,
     )
     packing = choose_packing(recipe, facts.model_type, attention.value)
     padding_free = choose_padding_free(recipe.model_task, packing.value, attention.value, facts.model_type)
-    sequence_length = _sequence_length(recipe, facts)
     loss_of = partial(choose_loss, recipe, machine, facts, precision.value, layers=layers.value, packages=packages)
     layout = choose_layout(
         recipe,
@@ -176,7 +178,16 @@ def resolve(
         loss_of=lambda strategy: loss_of(strategy=strategy).value,
     )
     loss = loss_of(strategy=layout.strategy.value)
-    compile_ = choose_compile(recipe, fp8.value, layout.strategy.value)
+    compile_ = choose_compile(
+        recipe,
+        fp8.value,
+        layout.strategy.value,
+        machine,
+        facts,
+        tokens_a_step=layout.global_batch_size.value * sequence_length.value,
+        is_plain=recipe.lora is None and not layers.value,
+        packages=packages,
+    )
     check_recomputed(fp8.value, gradient_checkpointing=layout.gradient_checkpointing.value)
     method = _method(recipe)
     formats = formats_for(

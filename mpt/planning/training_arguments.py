@@ -7,6 +7,7 @@ default of the Trainer that mpt does not need to change is left to it.
 from typing import Any
 
 from mpt.errors import MptError
+from mpt.planning.compiling import COMPILE_KEY, COMPILE_OPTIONS, Compile
 from mpt.planning.metrics import best_metric
 from mpt.recipe.metrics import is_less_better
 from mpt.recipe.schema import Recipe
@@ -33,7 +34,7 @@ def to_training_arguments(
     gradient_checkpointing: bool,
     by_deepspeed: bool = False,
     by_deepspeed_autocast: bool = False,
-    compiles: bool = False,
+    compiles: Compile = False,
     has_even_batches: bool = True,
     by_liger: bool = False,
 ) -> dict[str, Any]:
@@ -72,7 +73,9 @@ def to_training_arguments(
         keywords["greater_is_better"] = not is_less_better(best)  # transformers goes by the word "loss" alone
     if by_liger:
         keywords["use_liger_kernel"] = True
-    if compiles:
+    for key in (COMPILE_KEY, *COMPILE_OPTIONS) if compiles == "regional" else ():
+        keywords.pop(key, None)  # the worker compiles the blocks itself, with these; the Trainer would the whole
+    if compiles is True:
         keywords["torch_compile"] = True
     if precision is Precision.TF32:
         keywords["tf32"] = True

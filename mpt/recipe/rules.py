@@ -142,6 +142,13 @@ def _loader(recipe: Recipe) -> Iterator[Flaw]:
             )
 
 
+def _compile(recipe: Recipe) -> Iterator[Flaw]:
+    """Either option turns torch.compile on by itself (transformers 5.23, TrainingArguments)."""
+    for key in ("torch_compile_backend", "torch_compile_mode"):
+        if recipe.compile is False and recipe.training_keys.get(key) is not None:
+            yield Flaw(("training", key), "says how torch.compile compiles, and compile is false", "keep one of them")
+
+
 def _tokenizer(recipe: Recipe) -> Iterator[Flaw]:
     tokenizer = recipe.tokenizer
     config = recipe.model.config
@@ -275,6 +282,7 @@ RULES: tuple[Callable[[Recipe], Iterator[Flaw]], ...] = (
     _steps,
     _optimizer_arguments,
     _loader,
+    _compile,
     _tokenizer,
     _sources_fit_the_task,
     _task_has_its_keys,

@@ -74,6 +74,10 @@ class Recipe(Section):
     attention: Literal["auto"] | Attention = "auto"
     """The attention implementation, in transformers' names. auto: the fastest that device, precision, model and
     installed packages allow. A name with a slash is a kernel that the package `kernels` fetches from the hub."""
+    compile: Literal["auto", "regional"] | Flag = "auto"
+    """torch.compile. true: the whole model. regional: each of its repeated blocks, which takes a fraction of that time
+    to compile; by one process or DDP. auto: for native fp8, and by blocks for half an hour or more of training on a CPU
+    that has a C++ compiler. `training.torch_compile_backend` and `torch_compile_mode` go with it."""
     loss: Literal["auto", "chunked", "full", "liger"] = "auto"
     """How the cross entropy over the vocabulary is computed. chunked: some tokens' logits at a time, the same number
     for less memory. full: all logits at once, in fp32. liger: by the kernels of liger-kernel, on a GPU. auto: liger
@@ -163,6 +167,7 @@ class Recipe(Section):
             ("gradient_accumulation_steps", self.gradient_accumulation_steps, "gradient_accumulation_steps"),
             ("gradient_checkpointing", self.gradient_checkpointing, "gradient_checkpointing"),
             ("gradient_checkpointing", self.gradient_checkpointing, "activation_checkpointing"),
+            ("compile", self.compile, "torch_compile"),
         ):
             other = keys.get(theirs)
             if value not in (None, "auto") and other is not None and other != value:

@@ -95,7 +95,7 @@ class Audit:
             bool(getattr(findings.plain_model(trainer), "is_activation_checkpointing", False)),
         )
         self._loss(trainer)
-        self._compare("compile", plan.value("compile"), findings.is_compiled(trainer))
+        self._compare("compile", plan.value("compile"), findings.compiled(trainer))
         self._compare("tf32", plan.value("tf32"), findings.allows_tf32())
         self._optimizer(trainer, engine)
         self._loss_scale(trainer, engine)

@@ -15,6 +15,7 @@ from mpt.terms import Precision, Strategy
 from mpt.training.precision.float8 import float8_modules
 from mpt.training.precision.loss_scaling import StaticScaler
 from mpt.training.precision.watching import DTYPE_NAMES
+from mpt.training.regional_compile import repeated_blocks
 
 if TYPE_CHECKING:
     from mpt.training.trainer import PlanTrainer
@@ -138,11 +139,14 @@ def strategy(trainer: "PlanTrainer", engine: Any) -> str:
     return Strategy.DDP.value if is_ddp else Strategy.SINGLE.value
 
 
-def is_compiled(trainer: "PlanTrainer") -> bool:
+def compiled(trainer: "PlanTrainer") -> bool | str:
+    """Say what torch.compile compiles: "regional" where it is the repeated blocks alone."""
     wrapped = trainer.model_wrapped
     if trainer.is_deepspeed_enabled:
         return bool(getattr(wrapped, "is_compiled", False))
-    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in wrapped.modules())
+    parts = [part for part in wrapped.modules() if hasattr(part, "_orig_mod") or part._compiled_call_impl is not None]
+    blocks = repeated_blocks(trainer.model)
+    return "regional" if parts and {*map(id, parts)} == {*map(id, blocks)} else bool(parts)
 
 
 def allows_tf32() -> bool:

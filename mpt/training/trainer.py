@@ -23,7 +23,7 @@ from mpt.planning.loss import chunk_tokens
 from mpt.planning.plan import Plan
 from mpt.running.journal import Journal
 from mpt.running.run_directory import RunDirectory
-from mpt.terms import LANGUAGE_TASKS, Metric, Task
+from mpt.terms import LANGUAGE_TASKS, Metric, Packing, Task
 from mpt.training.audit import Audit
 from mpt.training.background import trained_state
 from mpt.training.checkpointing import Saver
@@ -43,6 +43,7 @@ from mpt.training.precision.chunked_loss import foretold_scale, install_chunked_
 from mpt.training.precision.loss_scaling import build_scaler, hold_deepspeed_knobs, scale_at_floor
 from mpt.training.precision.reduction import ReduceIn, reduce_in
 from mpt.training.precision.transformer_engine import checkpoint_contexts
+from mpt.training.regional_compile import compile_blocks
 from mpt.training.replay import Replay
 from mpt.training.step_watch import StepWatch
 from mpt.training.token_loss import TokenLoss, ignore_repeated
@@ -91,6 +92,8 @@ class PlanTrainer(Trainer):
             # Their models take any keyword, and their losses are means over a micro batch all the same: the Trainer
             # would not divide by the micro batches, and multiply by the processes (transformers 5.23, compute_loss).
             self.model_accepts_loss_kwargs = False
+        if plan.value("compile") == "regional":
+            compile_blocks(self.model, varies=plan.value("packing") != Packing.BLOCKS, **compile_options(plan))
         if plan.value("loss") == "chunked":
             tokens = chunk_tokens(plan.facts.vocab_size, on_cpu=plan.machine.is_cpu)
             install_chunked_loss(plain_model(self), tokens, lambda: foretold_scale(self.scaler))
@@ -523,6 +526,13 @@ class WatchedEngine(DeepSpeedEngineWrapper):
         norm = engine.get_global_grad_norm()
         norm = 0.0 if norm is None else float(norm)
         watch.conclude(applied=engine.was_step_applied(), grad_norm=norm, limit=limit)
+
+
+def compile_options(plan: Plan) -> dict[str, Any]:
+    """Give torch.compile's options under its own names."""
+    keys = {"backend": "torch_compile_backend", "mode": "torch_compile_mode"}
+    asked = plan.recipe.training_keys
+    return {name: asked[key] for name, key in keys.items() if asked.get(key) is not None}
 
 
 def data_seed(arguments: TrainingArguments) -> int:

@@ -20,6 +20,7 @@ from mpt.running.run_directory import RunDirectory
 from mpt.running.stacks import answer_with_stacks
 from mpt.running.tie import die_with_parent
 from mpt.secrets import redact_streams
+from mpt.training.allocator import keep_freed_memory
 from mpt.training.imports import heavy_imports, leave
 
 # What accelerate's own list (accelerate/utils/memory.py) leaves out: errors that arrive late or from cuBLAS's handle.
@@ -154,9 +155,10 @@ def quiet_libraries() -> None:
 
 
 def _choose_device(plan: Any) -> None:
-    """Keep DeepSpeed from looking for a GPU where the plan is for the CPU."""
+    """Keep DeepSpeed from looking for a GPU where the plan is for the CPU, and the memory where it is needed again."""
     if plan.machine.is_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_memory()
 
 
 if __name__ == "__main__":

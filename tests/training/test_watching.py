@@ -14,6 +14,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mpt.planning.attention import SEEN_EAGERLY
 from mpt.training.precision.watching import AttentionWatch, IslandWatch, MatmulWatch
 from tests.training.tiny_runs import LLAMA
 
@@ -198,6 +199,16 @@ def test_the_attention_kernel_that_ran_is_named(
         model(TOKENS)
     assert watch.kernels() == [kernel]
     assert set(watch.operators().values()) == {kernel}
+
+
+@pytest.mark.parametrize("model_type", sorted(SEEN_EAGERLY))
+def test_the_eager_attention_of_the_models_that_auto_gives_it_is_recognised(model_type: str) -> None:
+    sizes = {"attn_pdrop": 0.0} if model_type == "gpt2" else {"num_key_value_heads": 4, "pad_token_id": 0}
+    model = tiny(model_type, "eager", **sizes).train()
+    watch = AttentionWatch(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(TOKENS)
+    assert watch.kernels() == ["eager"]
 
 
 class Attending(nn.Module):

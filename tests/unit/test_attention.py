@@ -10,7 +10,7 @@ from mpt.hardware.specs import parse_machine
 from mpt.planning.attention import KERNEL, PACKAGES, choose_attention
 from mpt.planning.attention_support import has_attention, is_flash
 from mpt.planning.model_facts import ModelFacts, facts_from_config
-from mpt.terms import Attention, Precision
+from mpt.terms import Attention, Feature, Precision
 
 BOTH = frozenset({"flash-attn", "flash-attn-3"})
 ALL = BOTH | {"flash-attn-4", "kernels"}
@@ -171,3 +171,30 @@ def test_a_model_type_that_nobody_knows_is_taken_at_its_word() -> None:
 )
 def test_a_version_is_read_as_numbers(text: str, is_of_use: bool) -> None:
     assert ((0, 18, 2) <= numbers(text) < (0, 19)) == is_of_use
+
+
+@pytest.mark.parametrize(
+    ("machine", "precision", "tokens", "model", "is_packed", "chosen"),
+    [
+        ("cpu", "bf16", 512, facts(), False, "eager"),
+        ("cpu", "bf16_pure", 64, facts("gpt2"), False, "eager"),
+        ("cpu", "bf16", 513, facts(), False, "sdpa"),
+        ("cpu", "bf16", None, facts(), False, "sdpa"),
+        ("cpu", "fp32", 64, facts(), False, "sdpa"),
+        ("cpu", "bf16", 64, facts(), True, "sdpa"),
+        ("cpu", "bf16", 64, facts("mixtral"), False, "sdpa"),
+        ("cpu", "bf16", 64, facts(attention_dropout=True), False, "sdpa"),
+        ("A100-80GB", "bf16", 64, facts(), False, "sdpa"),
+    ],
+)
+def test_few_tokens_in_bf16_attend_eagerly_on_a_cpu(
+    machine: str, precision: str, tokens: int | None, model: ModelFacts, is_packed: bool, chosen: str
+) -> None:
+    """The table is of CPUs that compute bf16; where it is emulated, torch's kernel stays."""
+    where = parse_machine(machine)
+    if where.is_cpu and not where.all_compute(Feature.BF16):
+        chosen = "sdpa"
+    decision = choose_attention(
+        None, where, Precision(precision), frozenset(), model, is_packed=is_packed, sequence_length=tokens
+    )
+    assert decision.value == chosen

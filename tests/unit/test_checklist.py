@@ -86,7 +86,7 @@ TICKED, GAIN, NOT_APPLICABLE = Status.TICKED, Status.GAIN, Status.NOT_APPLICABLE
         ("attention", "A100-80GB", SEVEN_B, TICKED, {}),
         ("attention", "RTX 4090", SEVEN_B | {"lora": {}, "attention": "eager"}, GAIN, {"attention": "sdpa"}),
         ("attention", "8xH100", EIGHT_B_ON_TWO_NODES, GAIN, {"attention": "flash_attention_3"}),
-        ("compile", "RTX 4090", SMALL, GAIN, {"training.torch_compile": True}),
+        ("compile", "RTX 4090", SMALL, GAIN, {"compile": "regional"}),
         ("compile", "RTX 4090", SMALL | {"training": {"torch_compile": True}}, TICKED, {}),
         ("gradient_checkpointing", "RTX 4090", SMALL | {"gradient_checkpointing": True}, GAIN,
          {"gradient_checkpointing": False}),

@@ -7,8 +7,9 @@ import pytest
 from mpt.errors import ExitCode, MptError, UnsupportedError
 from mpt.hardware.machine import Device, Machine
 from mpt.hardware.specs import parse_machine
+from mpt.planning.compiling import choose_compile
 from mpt.planning.decision import Origin
-from mpt.planning.float8_engine import check_recomputed, choose_compile
+from mpt.planning.float8_engine import check_recomputed
 from mpt.planning.model_facts import learn_model_facts
 from mpt.planning.plan import Plan, resolve
 from mpt.recipe.schema import Recipe
