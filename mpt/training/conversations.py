@@ -25,6 +25,8 @@ DATE = datetime(2024, 7, 26, tzinfo=UTC)
 """What day it is in every conversation, where a template writes the date: that of Llama 3.1's own template."""
 TODAY = re.compile(r"""strftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+BESIDE_CONTENT = ("tool_calls", "reasoning_content", "thinking")
+"""What a message may say beside its content, in the words of the templates on the hub (Qwen 3, gpt-oss)."""
 Tokens = np.ndarray[Any, np.dtype[np.int32]]
 Span = tuple[int, int]
 """Characters of a text, from the first to behind the last."""
@@ -56,7 +58,7 @@ class ConversationWriter:
         messages, tools = conversation["messages"], conversation.get("tools")
         try:
             return self._by_template(messages, tools, conversation["prompt"], place)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise MptError(
                 f"{place}: the chat template refuses this conversation: {' '.join(str(error).split())[:400]}",
                 remedy="Mend the conversation, or set data.chat_template to a template that takes it.",
@@ -68,7 +70,7 @@ class ConversationWriter:
 
     def _by_template(self, messages: list[dict[str, Any]], tools: Any, prompt: int, place: str) -> Written:
         template = self._template(tools)
-        _check_tools(template, messages, tools, place)
+        _check_nothing_is_lost(template, messages, tools, place)
         text, marked = self._render(messages, tools, template)
         if self.train_on == "all":
             return Written(text, ((0, len(text)),))
@@ -188,11 +190,11 @@ def on_a_fixed_day(template: str) -> str:
     return TODAY.sub(lambda found: repr(DATE.strftime(ast.literal_eval(found[1]))), template)
 
 
-def _check_tools(template: str, messages: Sequence[dict[str, Any]], tools: Any, place: str) -> None:
+def _check_nothing_is_lost(template: str, messages: Sequence[dict[str, Any]], tools: Any, place: str) -> None:
     """Refuse what the template would leave out without a word."""
-    wanted = {"tools": bool(tools), "tool_calls": any("tool_calls" in message for message in messages)}
-    for name, is_there in wanted.items():
-        if is_there and name not in template:
+    found = {name for name in BESIDE_CONTENT if any(message.get(name) for message in messages)}
+    for name in sorted(found | ({"tools"} if tools else set())):
+        if name not in template:
             raise MptError(
                 f"{place}: the conversation has {name}, and the chat template writes none",
                 remedy="Leave data.chat_template out where the tokenizer's own writes them, or give one that does.",

@@ -158,6 +158,22 @@ def test_gemma_refuses_a_system_text_that_has_no_user_turn_to_stand_in() -> None
         learnt(tokenizer_for("gemma"), [TALK[0], TALK[2]])
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_thoughts_that_a_template_would_leave_out_are_refused(key: str) -> None:
+    messages = [TALK[1], TALK[2] | {key: "It is short."}]
+    with pytest.raises(MptError, match=f"here:1: the conversation has {key}, and the chat template writes none"):
+        learnt(tokenizer_for("chatml"), messages)
+    writes = QWEN.replace("+ message.content", f"+ (message.{key} or '') + message.content")
+    assert learnt(tokenizer_for(writes), messages) == ["It is short.The simplest\n\nexpression — naïve.<|im_end|>"]
+    assert learnt(tokenizer_for("chatml"), [TALK[1], TALK[2] | {key: ""}])
+
+
+@pytest.mark.parametrize("wrong", ["{{ 1 / 0 }}", "{{ 9.0 ** 999 }}", "{{ range(10 ** 7) }}", "{{ messages + 1 }}"])
+def test_a_template_that_fails_as_it_writes_is_one_message(wrong: str) -> None:
+    with pytest.raises(MptError, match="here:1: the chat template refuses this conversation"):
+        learnt(tokenizer_for(QWEN + wrong))
+
+
 def test_tools_that_a_template_would_leave_out_are_refused() -> None:
     tokenizer = tokenizer_for("chatml")
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -60,21 +60,18 @@ def test_a_packed_run_is_resumed_bit_for_bit(packed_run: Run, new_run: Callable[
 
 
 def test_held_out_documents_are_evaluated_apart_too(packed_run: Run, new_run: Callable[..., Run]) -> None:
-    """The loss of the final weights on the held-out text, document by document, is what the run came to."""
+    """The loss of the final weights over the held-out tokens, document by document, is what the run came to."""
     plan = Plan.from_json(json.loads(packed_run.directory.attempt(1).plan.read_text()))
     tokenizer = read_tokenizer(packed_run.directory.tokenizer)
     samples = causal_lm.prepare_data(plan, causal_lm.read_documents(plan, seed=42), tokenizer)
     model = AutoModelForCausalLM.from_pretrained(packed_run.directory.final)
-    batches = [
-        [samples.held_out[index] for index in range(at, min(at + 4, len(samples.held_out)))]
-        for at in range(0, len(samples.held_out), 4)
-    ]
-    losses = []
-    for batch in batches:
-        apart = [{"input_ids": part} for sample in batch for part in sample["input_ids"].split(sample[LENGTHS])]
+    packed = [samples.held_out[index] for index in range(len(samples.held_out))]
+    total = tokens = 0
+    for document in (part for sample in packed for part in sample["input_ids"].split(sample[LENGTHS])):
         with torch.no_grad():
-            losses += [float(model(**PaddedCollator(0)(apart)).loss)] * len(batch)
-    expected = sum(losses) / len(losses)
+            total += float(model(**PaddedCollator(0)([{"input_ids": document}])).loss) * (len(document) - 1)
+        tokens += len(document) - 1
+    expected = total / tokens
     assert packed_run.texts("evaluated", "eval_loss")[-1] == pytest.approx(expected, rel=1e-4)
 
 
