@@ -1,7 +1,9 @@
 """How many rows could not be used, and how many may not be: `data.max_bad_rows`. Readers report, the first beyond the
-limit ends the preparation.
+limit ends the preparation. A stream's are told while it is read (`told_to`): nobody knows yet how many there are.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from mpt.errors import MptError
@@ -56,3 +58,45 @@ class BadRows:
             f"{problem} (data.max_bad_rows); the first:{listed}",
             remedy="Mend or remove them, or set data.max_bad_rows higher.",
         )
+
+
+@dataclass(slots=True)
+class _Streamed:
+    """The bad rows that this process met in streams: told are the first, the tenth, the hundredth and so on."""
+
+    tell: Callable[[str], None]
+    count: int = 0
+    next: int = 1
+
+    def add(self, place: str, problem: str) -> None:
+        self.count += 1
+        if self.count < self.next:
+            return
+        self.next *= 10
+        last = f"{place}: {problem}"
+        self.tell(
+            f"streaming leaves out {last}; it says so again at the {self.next}th such row"
+            if self.count == 1
+            else f"streaming has left out {self.count} rows so far, each time that it read them; the last: {last}"
+        )
+
+
+_streamed: _Streamed | None = None  # of all threads: datasets reads a shuffled stream in one of its own
+
+
+@contextmanager
+def told_to(tell: Callable[[str], None]) -> Iterator[None]:
+    """Let `tell` hear of the rows that streams leave out; the loader's processes, which are forks, have it too."""
+    global _streamed
+    before, _streamed = _streamed, _Streamed(tell)
+    try:
+        yield
+    finally:
+        _streamed = before
+
+
+def add_streamed(bad: BadRows, place: str, problem: str, remedy: str) -> None:
+    """Note a stream's bad row in `bad`, and tell of it now and then. Raises MptError where it is one too many."""
+    bad.add(place, problem, remedy)
+    if _streamed is not None:
+        _streamed.add(place, problem)

@@ -17,7 +17,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from mpt.errors import MptError
 from mpt.recipe.schema import DataSection
 from mpt.recipe.sources import FILL, check_builtin, expand, kind_of
-from mpt.training.bad_rows import BadRows
+from mpt.training.bad_rows import BadRows, add_streamed
 from mpt.training.builtin_questions import builtin_questions
 from mpt.training.cache import cache_folder, check_unchanged, digest, hash_files, making
 from mpt.training.corpus import load_hub
@@ -151,7 +151,7 @@ def _stream(source: _Source, layout: str, files: list[str] | None = None) -> Ite
             bad = BadRows(allowed)
         for place, row in _conversations(source, layout, part):
             if isinstance(row, BadRow):
-                bad.add(place, row.problem, row.remedy)
+                add_streamed(bad, place, row.problem, row.remedy)
             else:
                 good += 1
                 yield {CONVERSATION: json.dumps(row, ensure_ascii=False), PLACE: place}

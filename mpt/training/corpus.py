@@ -17,7 +17,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 from mpt.errors import MptError
 from mpt.recipe.schema import DataSection
 from mpt.recipe.sources import check_builtin, expand, kind_of
-from mpt.training.bad_rows import SHOWN, BadRows
+from mpt.training.bad_rows import SHOWN, BadRows, add_streamed
 from mpt.training.cache import digest
 from mpt.training.row_files import TEXT, BadRow
 from mpt.training.row_tables import checked_rows, groups, read_table
@@ -220,7 +220,7 @@ def stream_texts(paths: list[str], column: str, max_row_bytes: int, allowed: flo
             bad = BadRows(allowed)
         for place, row in checked_rows([Path(path)], column, max_row_bytes=max_row_bytes):
             if isinstance(row, BadRow):
-                bad.add(place, row.problem, row.remedy)
+                add_streamed(bad, place, row.problem, row.remedy)
             else:
                 good += 1
                 yield row

@@ -68,10 +68,16 @@ def _train(run: RunDirectory, number: int, rank: int, journal: Journal) -> int:
         plan = Plan.from_json(json.loads(attempt.plan.read_text(encoding="utf-8")))
         _choose_device(plan)
 
+        from mpt.training.bad_rows import told_to
         from mpt.training.session import train
 
+    def tell(text: str) -> None:
+        if rank == 0:
+            journal.append("notice", text=text)
+
     try:
-        done = train(plan, run, attempt, number, journal, stop, rank, heartbeat)
+        with told_to(tell):
+            done = train(plan, run, attempt, number, journal, stop, rank, heartbeat)
     except Stopped as stopped:
         return _last_word(journal, rank, ExitCode.STOPPED, "stopped", step=stopped.step, checkpoint=stopped.checkpoint)
     except Diverged as diverged:

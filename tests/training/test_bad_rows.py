@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import datasets
@@ -14,11 +15,12 @@ import pytest
 
 from mpt.errors import MptError, StorageError
 from mpt.recipe.schema import DataSection
-from mpt.training.bad_rows import BadRows
-from mpt.training.corpus import explain_rows, read_corpus, read_rows
+from mpt.training.bad_rows import BadRows, told_to
+from mpt.training.corpus import explain_rows, read_corpus, read_rows, stream_texts
 from mpt.training.data import read_documents
 from mpt.training.progress import heard_by
 from mpt.training.row_files import DOCUMENT_BYTES, BadRow, read_file
+from tests.training.tiny_runs import Run
 
 GOOD = '{"text": "good"}\n'
 BAD = ['{"text": "torn\n', '["a list"]\n', '{"text": null}\n', '{"text": 7}\n', '{"title": "x"}\n', "caf\xe9\n"]
@@ -90,6 +92,34 @@ def test_who_reads_the_documents_hears_of_the_rows_that_were_left_out(tmp_path: 
     notices = read_documents(section, seed=1).notices
     assert notices[0].startswith(f"1 of 31 rows are left out: {source}:31: not JSON")
     assert notices[1].startswith(f"1 of 3 rows are left out: {other}:2: text is null")
+
+
+def test_a_stream_tells_of_what_it_leaves_out_more_and_more_seldom(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", GOOD + BAD[0] * 150 + GOOD)
+    told: list[str] = []
+    with told_to(told.append):
+        assert len(list(stream_texts([str(tmp_path / "a.jsonl")], "text", 1 << 20, 150))) == 2
+    problem = "not JSON: Unterminated string starting at (column 10)"
+    assert told == [
+        f"streaming leaves out {tmp_path}/a.jsonl:2: {problem}; it says so again at the 10th such row",
+        *(
+            f"streaming has left out {count} rows so far, each time that it read them; the last: "
+            f"{tmp_path}/a.jsonl:{count + 1}: {problem}"
+            for count in (10, 100)
+        ),
+    ]
+
+
+@pytest.mark.parametrize("loaders", [0, 1])
+def test_a_run_is_told_of_the_rows_that_its_stream_leaves_out(
+    loaders: int, new_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    texts = [json.dumps({"text": topics[name][:200]}) + "\n" for name in sorted(topics)[:40]]
+    source = write(tmp_path, "a.jsonl", ("".join(texts) + BAD[0]).encode())
+    data = {"source": source, "streaming": True, "eval_fraction": 0, "max_bad_rows": 1}
+    run = new_run(data=data, training={"max_steps": 2, "dataloader_num_workers": loaders})
+    assert run.train() == 0, run.log()
+    assert any(f"streaming leaves out {source}:41: not JSON" in text for text in run.texts("notice", "text"))
 
 
 def test_the_limit_counts_over_all_files(tmp_path: Path) -> None:
