@@ -35,7 +35,7 @@ def check(
 
         plan = checked.plan
         name, label = (None, None) if plan is None else (plan.name, plan.machine.label)
-        print(checked_text(name, label, checked.findings, checked.facts))
+        print(checked_text(name, label, checked.findings, checked.facts, checked.notices))
     if not checked.may_start:
         from mpt.errors import ExitCode
 

@@ -41,11 +41,18 @@ def finding_lines(finding: Finding) -> list[str]:
     return [*lines, f"  -> {finding.remedy}", *(f"     {line}" for line in to_lines(finding.recipe))]
 
 
-def checked_text(name: str | None, machine: str | None, findings: Sequence[Finding], facts: DataFacts | None) -> str:
-    """Say everything that `mpt check` found."""
+def checked_text(
+    name: str | None,
+    machine: str | None,
+    findings: Sequence[Finding],
+    facts: DataFacts | None,
+    notices: Sequence[str] = (),
+) -> str:
+    """Say everything that `mpt check` found; `notices` are what a run would say of its data at the start."""
     head = [f"{name} on {machine}"] if name is not None else []
     if facts is not None:
         head += _data_lines(facts)
+    head += notices
     counts = [(severity, sum(f.severity is severity and not f.is_accepted for f in findings)) for severity in Severity]
     listed = ", ".join(f"{count} {severity}{'s' * (count != 1)}" for severity, count in counts if count)
     body = [line for finding in findings for line in finding_lines(finding)]

@@ -10,6 +10,7 @@ from typing import Any
 
 from mpt.planning.checks import DataFacts, check_findings, judge
 from mpt.planning.plan import Plan
+from mpt.recipe.rules import groups_by_length
 from mpt.running.journal import Journal, read_events
 from mpt.training.data import Documents, Samples
 from mpt.training.data_facts import gather
@@ -36,7 +37,8 @@ def learn(plan: Plan, prepared: Prepared) -> DataFacts:
 
 def look(plan: Plan, prepared: Prepared, journal: Journal) -> None:
     """Judge plan and data, and journal what is new. Raises MptError for findings that stop a run."""
-    of = {"data": dict(prepared.fingerprint or {})} | {key: plan.value(key) for key in VALUES}
+    of = {"data": dict(prepared.fingerprint or {}), "is_grouped": groups_by_length(plan.recipe)}
+    of |= {key: plan.value(key) for key in VALUES}
     told = next((event for event in reversed(read_events(journal.path)) if event["kind"] == "preflight"), None)
     knows = told is not None and told["of"] == of
     facts = DataFacts.from_json(told["facts"]) if told is not None and knows else learn(plan, prepared)

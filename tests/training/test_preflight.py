@@ -64,6 +64,18 @@ def test_findings_are_journalled_once_and_again_only_when_they_change(new_run: M
     assert len({json.dumps(facts) for facts in run.texts("preflight", "facts")}) == 1
 
 
+def test_an_attempt_with_batches_of_like_length_has_its_padding_counted_anew(new_run: MakeRun, tmp_path: Path) -> None:
+    source = write(tmp_path, "train.jsonl", [text[: 3 * n + 1] for n, text in enumerate(TEXTS)])
+    run = new_run(data={"source": source, "packing": False}, training={"max_steps": 1})
+    assert run.train() == 0, run.log()
+    keys = run.recipe.training.model_copy(update={"train_sampling_strategy": "group_by_length"})
+    run.recipe = run.recipe.model_copy(update={"training": keys})
+    assert run.train(2) == 0, run.log(2)
+    first, last = (facts["padding"] for facts in run.texts("preflight", "facts"))
+    assert (first["now"], last["now"]) == (first["none"], first["grouped"])
+    assert first["none"] > first["grouped"]
+
+
 def test_two_ranks_stop_together(new_run: MakeRun, tmp_path: Path) -> None:
     source = write(tmp_path, "train.jsonl", TEXTS)
     run = new_run(data={"source": source, "eval_source": source}, distributed={"processes_per_node": 2})
@@ -126,6 +138,7 @@ def test_check_says_what_train_would_and_leaves_nothing_but_the_cache(recipe: Pa
     accepted = check(tmp_path, recipe.name, "preflight.ignore=[evaluation_overlap]")
     assert accepted.returncode == 0, accepted.stderr
     assert "accepted: 2 of 2 (100 %) rows of the evaluation" in accepted.stdout
+    assert "tokenised data taken from the cache" in accepted.stdout  # what a run would say, too
     assert accepted.stdout.splitlines()[-1] == "2 warnings, 2 notes"
 
 

@@ -141,7 +141,7 @@ def test_conversations_without_a_template_are_told_which_one_they_get() -> None:
 @pytest.mark.parametrize(
     ("recipe", "rate", "is_far"),
     [
-        ("full", 2e-5, False), ("full", 2e-4, True), ("full", 1e-6, True),
+        ("full", 2e-5, False), ("full", 2e-4, True), ("full", 1e-6, True), ("full", 0.0, True),
         ("lora", 2e-4, False), ("lora", 5e-5, False), ("lora", 2e-5, True), ("lora", 5e-3, True),
         ("scratch", 1e-3, False), ("scratch", 5e-5, True), ("scratch", 0.1, True),
     ],

@@ -3,8 +3,9 @@
 From scratch: Kaplan et al. 2020 (arXiv:2001.08361, appendix D.6), 0.003239 - 0.0001395 ln(N), up to 125 million
 parameters, where it meets GPT-3's table 2.1 (Brown et al. 2020, arXiv:2005.14165), which goes on to 175 billion.
 Every weight of a checkpoint: 2e-5 to 5e-5 (BERT: Devlin et al. 2019, appendix A.3), 2e-5 (Llama 2's chat models:
-Touvron et al. 2023, section 3.1), 5e-6 to 1e-5 for the largest (Tulu 3 70B: Lambert et al. 2024, 2e-6). Continued
-pretraining goes back up to the rate of the pretraining (Ibrahim et al. 2024, arXiv:2403.08763).
+Touvron et al. 2023, section 3.1), 5e-6 at 8 billion and 2e-6 at 70 (Tulu 3: Lambert et al. 2024, arXiv:2411.15124,
+its supervised fine-tuning). Continued pretraining goes back up to the rate of the pretraining (Ibrahim et al. 2024,
+arXiv:2403.08763).
 Adapters: 2e-4, and 1e-4 from 33 billion on (Dettmers et al. 2023, table 9); about ten times the rate of full
 fine-tuning at any size (Schulman et al. 2025, "LoRA Without Regret").
 Lion: 3 to 10 times lower than AdamW (Chen et al. 2023, arXiv:2302.06675, section 5).

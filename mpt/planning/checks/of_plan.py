@@ -42,13 +42,17 @@ def learning_rate(plan: Plan) -> Iterator[Finding]:
     if usual is None or not usual.is_far(float(decision.value)):
         return
     rate = float(decision.value)
-    way, what = ("above", "the loss may run away") if rate > usual.high else ("below", "hardly anything is learnt")
-    factor = rate / usual.high if rate > usual.high else usual.low / rate
+    if rate == 0:
+        far = "far below"
+    else:
+        far = f"{rate / usual.high:.0f} times above" if rate > usual.high else f"{usual.low / rate:.0f} times below"
+    what = (
+        "the loss may run away" if rate > usual.high else "hardly anything is learnt" if rate else "nothing is learnt"
+    )
     yield Finding(
         Check.LEARNING_RATE,
         Severity.WARNING,
-        f"the learning rate {rate:g} ({decision.reason}) is {factor:.0f} times {way} what is reported for "
-        f"{_trained(plan)}: {what}",
+        f"the learning rate {rate:g} ({decision.reason}) is {far} what is reported for {_trained(plan)}: {what}",
         f"Begin with {usual.first:.1g}.",
         (f"reported: {usual.low:.1g} to {usual.high:.1g}, {usual.source}",),
         {"training.learning_rate": float(f"{usual.first:.1g}")},
