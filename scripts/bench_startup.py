@@ -17,6 +17,9 @@ COMMANDS = {
     "detect-precision": ["detect-precision"],
     "generate-ds-config": ["generate-ds-config", "recipes/llama3-8b-zero3.yaml", "--machine", "8xH100"],
     "validate": ["validate", "recipes/quickstart.yaml"],
+    "plan": ["plan", "recipes/llama3-8b-zero3.yaml", "--machine", "8xH100"],
+    "check --no-data": ["check", "recipes/llama3-8b-zero3.yaml", "--machine", "8xH100", "--no-data"],
+    "doctor": ["doctor", "recipes/llama3-8b-zero3.yaml", "--machine", "8xH100"],
 }
 
 

@@ -42,7 +42,7 @@ def look_at(plan: Plan, run: RunDirectory) -> dict[str, Any]:
         from transformers import TrainingArguments
 
         from mpt.training.preflight import learn
-        from mpt.training.session import prepare
+        from mpt.training.preparation import prepare
         from mpt.training.tasks import task_module
         from mpt.training.worker import quiet_libraries
 

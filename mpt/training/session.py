@@ -1,58 +1,46 @@
 """One attempt's training from plan to final model. Called by `mpt.training.worker`, after everything light is done."""
 
-import json
 import math
-import os
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
 import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.trainer_utils import has_length
-from transformers.utils.import_utils import enable_tf32
 
 from mpt.errors import MptError
 from mpt.planning.number_formats import TORCH_ADAMW
-from mpt.planning.padding import describe
 from mpt.planning.plan import Plan
-from mpt.recipe.rules import groups_by_length
-from mpt.running.data_record import record
-from mpt.running.from_data import keep_from_data, read_from_data
+from mpt.running.from_data import read_from_data
 from mpt.running.heartbeat import Heartbeat
 from mpt.running.journal import Journal, spell_non_finite
 from mpt.running.measured import asked_measure, evaluation_file
 from mpt.running.metrics import read_rows
 from mpt.running.run_directory import AttemptDirectory, RunDirectory, write_json
-from mpt.terms import LANGUAGE_TASKS, DeviceKind, Feature, Task
+from mpt.terms import LANGUAGE_TASKS
 from mpt.training.adapters import add_adapters, load_adapters, save_trained
+from mpt.training.arguments import build_arguments, refused_keys
 from mpt.training.audit import Audit
-from mpt.training.cache import digest
 from mpt.training.data import Samples
-from mpt.training.data_facts import padding_of
-from mpt.training.fingerprint import fingerprint
 from mpt.training.health import HealthMonitor, Thresholds
 from mpt.training.outcome import StopRequest
 from mpt.training.precision.apply import DTYPES, apply_precision
 from mpt.training.precision.pure_bf16 import PureBf16AdamW
-from mpt.training.preflight import Prepared, look
+from mpt.training.preflight import look
+from mpt.training.preparation import prepare
 from mpt.training.progress import heard_by
-from mpt.training.repeated_stream import RepeatedStream, Resume
 from mpt.training.replay import Replay
 from mpt.training.sampling import write_samples
 from mpt.training.saving import full_weights, save_final
 from mpt.training.step_watch import StepWatch
-from mpt.training.tasks import evaluation_of, model_of, ready_tokenizer, special_tokens_of, task_module
-from mpt.training.tokenizer import is_trained, load_tokenizer, read_tokenizer, trained_tokenizer
+from mpt.training.tasks import evaluation_of, model_of, ready_tokenizer, task_module
+from mpt.training.tokenizer import is_trained, load_tokenizer, read_tokenizer
 from mpt.training.trackers import Trackers
-from mpt.training.trainer import PlanTrainer, data_seed
-from mpt.training.turns import rank_0_first
+from mpt.training.trainer import PlanTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,126 +158,6 @@ def _evaluate(trainer: PlanTrainer, attempt: AttemptDirectory) -> Finished:
     return Finished(0, None, loss, own)
 
 
-def prepare(
-    plan: Plan,
-    run: RunDirectory,
-    attempt: AttemptDirectory,
-    arguments: TrainingArguments,
-    journal: Journal,
-    task: ModuleType,
-) -> Prepared:
-    """Read the text, load or train the tokenizer, and tokenise: rank 0 first, the others from its cache."""
-    in_turn = partial(rank_0_first, attempt.path, rank=arguments.process_index, world_size=arguments.world_size)
-    with in_turn("reading"):
-        documents = task.read_documents(plan, seed=data_seed(arguments))
-        if not is_trained(plan.recipe):
-            tokenizer = load_tokenizer(plan.recipe)
-    if is_trained(plan.recipe):
-        section = plan.recipe.tokenizer
-        asked = section.vocab_size if section is not None else plan.facts.vocab_size
-        tokenizer = trained_tokenizer(
-            run.path / "tokenizer",
-            lambda: task.texts(documents),
-            asked,
-            is_writer=arguments.process_index == 0,
-            marks_text=getattr(task, "MARKS_TEXT", False),
-            special_tokens=special_tokens_of(task, plan),
-        )
-        if len(tokenizer) < asked and arguments.process_index == 0:
-            journal.append(
-                "notice",
-                text=f"the text yields {len(tokenizer)} tokenizer entries of {asked}; the model keeps its planned size",
-            )
-    had_template = tokenizer.chat_template is not None
-    told = ready_tokenizer(task, plan, documents, tokenizer)
-    with in_turn("tokenising"):
-        samples = task.prepare_data(plan, documents, tokenizer)
-    if plan.recipe.data.streaming:
-        known = fingerprint(plan.recipe.data, documents, samples, tokenizer)
-        draws = getattr(task.build_collator(plan, tokenizer), "draws_random_numbers", True)
-        samples = replace(samples, train=_repeated(plan, run, arguments, samples.train, known, draws_numbers=draws))
-    found = None
-    if arguments.process_index == 0:
-        keep_from_data(run, samples.from_data)
-        found = fingerprint(plan.recipe.data, documents, samples, tokenizer)
-        record(run, journal, found)
-        for notice in (*told, *samples.notices):
-            journal.append("notice", text=notice)
-        tell_padding(plan, samples.train, journal)
-    return Prepared(tokenizer, documents, samples, had_template, found)
-
-
-def tell_padding(plan: Plan, samples: Any, journal: Journal) -> None:
-    """Say how much of the batches is padding, by the real lengths, and what other ways to make them would leave."""
-    shares = padding_of(plan, samples)
-    if shares is None:
-        return
-    is_grouped, padding_free = groups_by_length(plan.recipe), plan.value("padding_free")
-    can_pack = plan.value("task") in (Task.CAUSAL_LM, Task.SFT)
-    told = describe(shares, plan.value("packing"), is_grouped=is_grouped, padding_free=padding_free, can_pack=can_pack)
-    journal.append("padding", packing=plan.value("packing"), padding_free=padding_free, shares=shares.to_json())
-    journal.append("notice", text=told)
-
-
-def _repeated(
-    plan: Plan,
-    run: RunDirectory,
-    arguments: TrainingArguments,
-    stream: Any,
-    known: dict[str, Any],
-    *,
-    draws_numbers: bool,
-) -> RepeatedStream:
-    """Let a stream begin again when it ends, and be gone on with where the run was.
-
-    A collator that draws random numbers has to see every sample that was, or it would draw others afterwards.
-    """
-    if draws_numbers:
-        return RepeatedStream(stream)
-    size, world = arguments.per_device_train_batch_size, arguments.world_size
-    follows_from = (known, plan.recipe.data, data_seed(arguments), size, world, arguments.dataloader_num_workers)
-    bookmarks = run.path / "stream" / f"{digest(follows_from)}-{arguments.process_index}"
-    resume = None
-    if plan.resume_from is not None:
-        batches = int(plan.resume_from.rpartition("-")[2]) * arguments.gradient_accumulation_steps
-        # accelerate lets rank 0 read for all of them, or each rank read everything and keep its share.
-        is_dispatched = arguments.accelerator_config.dispatch_batches is not False
-        resume = Resume(batches * world, size) if is_dispatched else Resume(batches, size * world)
-    return RepeatedStream(stream, bookmarks=bookmarks, resume=resume)
-
-
-@contextmanager
-def refused_keys() -> Iterator[None]:
-    """Turn what transformers says of the recipe's `training:` keys into an MptError: trying again would not help."""
-    try:
-        yield
-    except (ValueError, TypeError, ImportError) as error:
-        raise MptError(
-            f"training: transformers refuses these keys: {' '.join(str(error).split())[:500]}",
-            remedy="Mend the keys of the recipe's `training:` block that the message names.",
-        ) from error
-
-
-def build_arguments(plan: Plan, run: RunDirectory) -> TrainingArguments:
-    """Build TrainingArguments from the plan's keywords. Raises MptError for a value that transformers refuses."""
-    keywords = dict(plan.training_arguments)
-    keywords["output_dir"] = str(run.checkpoints)
-    if plan.deepspeed is not None:
-        keywords["deepspeed"] = json.loads(json.dumps(dict(plan.deepspeed)))
-        _stand_alone_rendezvous()
-    if "tensorboard" in str(keywords.get("report_to", "")):
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.path / "tensorboard"))
-    with refused_keys():
-        arguments = TrainingArguments(**keywords)
-    if plan.deepspeed is not None:
-        _join_deepspeed()
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process trains on one device: the Trainer would wrap the model in DataParallel
-    if plan.machine.kind is DeviceKind.CUDA and plan.machine.all_compute(Feature.TF32):
-        enable_tf32(plan.value("tf32"))
-    return arguments
-
-
 def build_monitor(plan: Plan) -> HealthMonitor:
     """Build what watches the numbers, by the recipe's `health:` block."""
     thresholds = Thresholds(**plan.recipe.health.model_dump())
@@ -357,26 +225,6 @@ def _train_loss(run: RunDirectory) -> float | None:
     """Average the loss over every step of the run, whichever attempt made it."""
     losses = [float(row["loss"]) for row in read_rows(run).values()]
     return math.fsum(losses) / len(losses) if losses else None
-
-
-def _stand_alone_rendezvous() -> None:
-    """Give a single process the rendezvous that DeepSpeed wants; without it DeepSpeed asks for mpi4py."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(place)
-
-
-def _join_deepspeed() -> None:
-    """Let DeepSpeed know the process group before it divides a model; on a CPU transformers leaves that out."""
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator
-
-    backend = get_accelerator().communication_backend_name()
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
 def _no_barrier() -> None:
