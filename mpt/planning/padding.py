@@ -61,6 +61,8 @@ def padding_shares(
 
     >>> padding_shares({10: 50, 30: 50}, sequence_length=40, micro_batch_size=2).to_json()
     {'none': 0.2, 'grouped': 0.0, 'best_fit': 0.0}
+    >>> padding_shares({30: 23, 5: 30, 7: 4}, sequence_length=64, micro_batch_size=1).to_json()
+    {'none': 0.0, 'grouped': 0.0, 'best_fit': 0.096}
     """
     rows: dict[int, int] = {}
     for length, count in counts.items():
@@ -79,9 +81,11 @@ def padding_shares(
     groups = max(1, min(GROUPED_BATCHES, total // micro_batch_size))
     cut_up = pieces(counts, sequence_length)
     tokens = sum(length * count for length, count in cut_up.items())
+    # Rounded, for what is a little less than nothing would be told as -0 %.
+    none = max(0.0, round(1 - mean / _expected_longest(longest_first, min(micro_batch_size, total)), 12))
     return PaddingShares(
-        none=1 - mean / _expected_longest(longest_first, min(micro_batch_size, total)),
-        grouped=1 - mean / _mean_of_tops(longest_first, groups),
+        none=none,
+        grouped=min(none, 1 - mean / _mean_of_tops(longest_first, groups)),
         best_fit=1 - tokens / (count_bins(counts, sequence_length) * sequence_length),
     )
 
