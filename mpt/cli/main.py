@@ -40,7 +40,7 @@ def _options(
 
 
 def _register() -> None:
-    from mpt.cli import checkpoints, recipes
+    from mpt.cli import cache, checkpoints, recipes
     from mpt.cli.chat import chat
     from mpt.cli.check import check
     from mpt.cli.detect_precision import detect_precision
@@ -62,6 +62,7 @@ def _register() -> None:
     app.command("validate")(validate)
     app.add_typer(recipes.app, name="recipes")
     app.add_typer(checkpoints.app, name="checkpoints")
+    app.add_typer(cache.app, name="cache")
     app.command("eval")(evaluate)
     app.command("chat")(chat)
     app.command("doctor")(doctor)
