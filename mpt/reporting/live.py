@@ -250,7 +250,9 @@ def describe(event: Mapping[str, Any]) -> str | None:
         case "audit":
             return "audit passed: what runs is what was planned" if event.get("passed") else "audit FAILED"
         case "evaluated" if event.get("eval_loss") is not None:
-            return f"{at}  evaluation loss {number(event['eval_loss'], '.4f')}{spell_metrics(event.get('metrics'))}"
+            best = event.get("best_step")
+            of = at if best is None else f"best model, of step {best}"
+            return f"{of}  evaluation loss {number(event['eval_loss'], '.4f')}{spell_metrics(event.get('metrics'))}"
         case "stopped_early":
             best = f"{event.get('metric')} was best at step {event.get('best_step')}, {number(event['best'], '.4g')}"
             return f"{at}  stopped early: {best}, and no better in {event.get('patience')} evaluations since"

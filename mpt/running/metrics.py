@@ -23,9 +23,16 @@ def every_row(run: RunDirectory) -> Iterator[dict[str, Any]]:
 
 def evaluations(run: RunDirectory) -> dict[int, dict[str, Any]]:
     """Read what each evaluation came to, by step and name: the loss, and the metrics of the task. Of a step that was
-    evaluated again the later one counts."""
+    evaluated again the later one counts, and none of steps that a later attempt has not made yet. That of the best
+    weights at the end of a run is none of its last step."""
     found: dict[int, dict[str, Any]] = {}
+    attempt: object = None
     for row in _rows(run):
+        if row.get("best_step") is not None:
+            continue
+        if row["attempt"] != attempt:
+            attempt = row["attempt"]
+            found = {step: came for step, came in found.items() if step < row["step"]}
         told = {key.removeprefix(EVALUATED): value for key, value in row.items() if key.startswith(EVALUATED)}
         if told:
             found[int(row["step"])] = {key: value for key, value in told.items() if not key.endswith(TIMES)}

@@ -317,10 +317,13 @@ class PlanTrainer(Trainer):
             metrics = super().evaluate(*arguments, **keywords)
         loss, others = metrics.get("eval_loss"), metrics_in(metrics)
         self.last_evaluation = (self.state.global_step, loss, others)
+        place: dict[str, Any] = {"step": self.state.global_step}
+        if self.best_step is not None:
+            place["best_step"] = self.best_step
         if self.watch.is_writer:
-            self.journal.append("evaluated", step=self.state.global_step, eval_loss=loss, metrics=others)
+            self.journal.append("evaluated", **place, eval_loss=loss, metrics=others)
         plain = {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
-        self.watch.write_row(**{"step": self.state.global_step, "attempt": self.watch.attempt} | plain)
+        self.watch.write_row(**place | {"attempt": self.watch.attempt} | plain)
         if self.is_in_train:
             if self.write_samples is not None:
                 self._phase("sampling")
@@ -346,7 +349,18 @@ class PlanTrainer(Trainer):
             output.metrics[f"{prefix}_perplexity"] = perplexity(loss)
         return output
 
+    @property
+    def best_step(self) -> int | None:
+        """The step of the weights that were loaded at the end as the best ones; None where the last ones stand."""
+        best = self.state.best_model_checkpoint
+        if self.is_in_train or not self.args.load_best_model_at_end or best is None:
+            return None
+        return int(Path(best).name.rpartition("-")[2])
+
     def _determine_best_metric(self, metrics: Any, trial: Any) -> bool:
+        asked = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        if math.isnan(metrics.get(asked, 0.0)):
+            return False  # nothing is greater than nan: it would stay the best
         try:
             return super()._determine_best_metric(metrics, trial)
         except KeyError as error:

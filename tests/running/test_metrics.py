@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mpt.running.metrics import read_rows
+from mpt.running.metrics import evaluations, read_rows
 from mpt.running.run_directory import RunDirectory
 
 
@@ -39,3 +39,30 @@ def test_the_valid_row_of_each_step_is_read(lines: list[str], losses: dict[int, 
 
 def test_without_metrics_there_are_no_rows(tmp_path: Path) -> None:
     assert read_rows(RunDirectory(tmp_path)) == {}
+
+
+def evaluation(attempt: int, step: int, loss: float, **more: Any) -> str:
+    return json.dumps({"step": step, "attempt": attempt, "eval_loss": loss, "eval_runtime": 1.0} | more)
+
+
+@pytest.mark.parametrize(
+    ("lines", "losses"),
+    [
+        pytest.param([row(1, 1), evaluation(1, 1, 3.0), evaluation(1, 1, 2.0)], {1: 2.0}, id="evaluated again"),
+        pytest.param(
+            [evaluation(1, 2, 3.0), evaluation(1, 4, 2.0), evaluation(1, 4, 1.5, best_step=2)],
+            {2: 3.0, 4: 2.0},
+            id="the best weights at the end are not those of the last step",
+        ),
+        pytest.param(
+            [row(1, 2), evaluation(1, 2, 3.0), row(1, 4), evaluation(1, 4, 9.0), row(2, 3)],
+            {2: 3.0},
+            id="what was evaluated after the checkpoint is void",
+        ),
+    ],
+)
+def test_the_evaluation_of_each_step_is_read(lines: list[str], losses: dict[int, float], tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.metrics.write_text("\n".join(lines))
+    assert {step: came["loss"] for step, came in evaluations(run).items()} == losses
+    assert all(came.keys() == {"loss"} for came in evaluations(run).values())

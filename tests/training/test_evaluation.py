@@ -5,15 +5,18 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerState
 
 from mpt.reporting.summary import summarise
 from mpt.training.collation import IGNORED
 from mpt.training.metrics import count_right, of_classes, of_numbers, share
+from mpt.training.trainer import PlanTrainer
 from tests.training.tiny_runs import BERT, Run, continue_from
 
 
@@ -95,6 +98,15 @@ def test_a_run_that_gains_to_its_end_has_not_stopped_early(new_run: Callable[...
     assert run.train() == 0, run.log()
     assert (run.last_word()["step"], run.last_word()["stopped_early"]) == (6, None)
     assert not summarise(run.directory)["stopped_early"]
+
+
+def test_a_metric_that_is_no_number_is_never_the_best() -> None:
+    trainer = PlanTrainer.__new__(PlanTrainer)
+    trainer.state = TrainerState()
+    trainer.args = SimpleNamespace(metric_for_best_model="pearson", greater_is_better=True, save_strategy="steps")
+    for value, is_best in ((math.nan, False), (0.2, True), (math.nan, False), (0.1, False), (0.3, True)):
+        assert trainer._determine_best_metric({"eval_pearson": value}, None) is is_best
+    assert trainer.state.best_metric == 0.3
 
 
 @pytest.mark.slow

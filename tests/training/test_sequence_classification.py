@@ -70,11 +70,13 @@ def test_evaluations_stand_in_the_metrics_and_the_best_checkpoint_is_the_one_wit
     fine_tuned: Run,
 ) -> None:
     lines = [json.loads(line) for line in fine_tuned.directory.metrics.read_text().splitlines()]
-    evaluated = {row["step"]: row["eval_accuracy"] for row in lines if "eval_accuracy" in row}
+    *during, at_the_end = [row for row in lines if "eval_accuracy" in row]
+    evaluated = {row["step"]: row["eval_accuracy"] for row in during}
     best = max(evaluated, key=lambda step: (evaluated[step], -step))
     state = json.loads((fine_tuned.directory.checkpoints / "checkpoint-200" / "trainer_state.json").read_text())
     assert state["best_metric"] == evaluated[best]
     assert state["best_model_checkpoint"] == f"checkpoint-{best}"
+    assert (at_the_end["best_step"], at_the_end["eval_accuracy"]) == (best, evaluated[best])
 
 
 def test_the_final_model_names_its_classes_and_works_in_a_pipeline(fine_tuned: Run) -> None:
