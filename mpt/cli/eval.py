@@ -75,7 +75,7 @@ def _plan(trained: "Trained", arguments: list[str], data: str | None, machine: s
     named = [argument for argument in arguments if "=" not in argument]
     overrides = [argument for argument in arguments if "=" in argument]
     of_run = newest_plan_of(trained.run) if trained.run is not None else None
-    recipe = of_run.recipe if of_run is not None and not named else _recipe(named)
+    recipe, folder = (of_run.recipe, of_run.task_folder) if of_run is not None and not named else _recipe(named)
     made = with_weights(recipe, trained, of_run=of_run, data=data, overrides=overrides)
     check_held_out(made)
     check_sources(made.data)
@@ -85,16 +85,18 @@ def _plan(trained: "Trained", arguments: list[str], data: str | None, machine: s
             f"--machine {machine}: an evaluation runs on this machine",
             remedy="Leave --machine out, or write cpu.",
         )
-    return plan_trained(made, here, installed_packages(), "evaluation")
+    return plan_trained(made, here, installed_packages(), "evaluation", task_folder=folder)
 
 
-def _recipe(named: list[str]) -> "Recipe":
+def _recipe(named: list[str]) -> tuple["Recipe", str | None]:
+    """Load the recipe that is named, and say where a task of the user's own lies."""
     from mpt.errors import MptError
     from mpt.recipe.catalog import find_recipe
     from mpt.recipe.load import load_recipe
 
     if len(named) == 1:
-        return load_recipe(find_recipe(named[0]))
+        file = find_recipe(named[0])
+        return load_recipe(file), str(file.resolve().parent)
     if named:
         raise MptError(
             f"{len(named)} recipes are named: {', '.join(named)}", remedy="Give one; overrides are key.path=value."

@@ -37,11 +37,25 @@ TRAINING_LEFT_OUT = (
 )
 
 
-def plan_trained(recipe: Recipe, machine: Machine, packages: frozenset[str] | None, name: str) -> Plan:
-    """Plan for a machine, with nothing that would be tried again. Raises what `resolve` raises."""
+def plan_trained(
+    recipe: Recipe,
+    machine: Machine,
+    packages: frozenset[str] | None,
+    name: str,
+    *,
+    task_folder: str | None = None,
+) -> Plan:
+    """Plan for a machine, with nothing that would be tried again; `task_folder` as in `resolve`, which says what is
+    raised."""
     alone = {"restart": RestartSection(max_restarts=0), "recovery": RecoverySection(rungs=[])}
     plan = resolve(
-        recipe, machine, learn_model_facts(recipe), name=name, packages=packages, modules=learn_modules(recipe)
+        recipe,
+        machine,
+        learn_model_facts(recipe),
+        name=name,
+        packages=packages,
+        modules=learn_modules(recipe),
+        task_folder=task_folder,
     )
     return replace(plan, recipe=plan.recipe.model_copy(update=alone))
 

@@ -1,15 +1,19 @@
 """A task of the user's own, named by its dotted path."""
 
+import json
 import re
+import subprocess
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 from mpt.errors import MptError
-from mpt.training.tasks import task_module
+from mpt.training.tasks import evaluation_of, task_module
+from tests.cli.real_runs import MPT, environment
 from tests.training.tiny_runs import Run
 
 README = Path(__file__).parents[2] / "README.md"
@@ -43,6 +47,10 @@ def test_the_task_that_the_readme_shows_trains_from_the_recipes_folder(new_run: 
     assert run.last_word()["eval_loss"] < losses[0]
     tokenizer = AutoTokenizer.from_pretrained(run.directory.final)
     assert len(tokenizer("eht", add_special_tokens=False)["input_ids"]) == 1  # "the", from behind
+    command = [*MPT, "eval", str(run.path), "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path.parent, env=environment(), check=False)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["loss"] == pytest.approx(run.last_word()["eval_loss"], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +69,12 @@ def test_what_is_wrong_with_it_is_one_message(text: str | None, problem: str, tm
         write(tmp_path, text)
     with pytest.raises(MptError, match=problem):
         task_module(f"my_tasks.{tmp_path.name}", str(tmp_path))
+
+
+def test_what_its_evaluation_may_give_is_said(tmp_path: Path) -> None:
+    needed = ("read_documents", "prepare_data", "build_model", "build_collator")
+    write(tmp_path, "\n".join(f"def {name}(*given): ..." for name in needed) + "\ndef evaluation(plan): return plan")
+    module: Any = task_module(f"my_tasks.{tmp_path.name}", str(tmp_path))
+    assert evaluation_of(module, {"compute_metrics": len}) == {"compute_metrics": len}  # type: ignore[arg-type]
+    with pytest.raises(MptError, match="gives compute_metric$"):
+        evaluation_of(module, {"compute_metric": len})  # type: ignore[arg-type]

@@ -18,10 +18,13 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from mpt.errors import MptError
 from mpt.planning.plan import Plan
 from mpt.training import metrics
 from mpt.training.data import Samples
 from mpt.training.tasks.own_task import own_task
+
+EVALUATION_KEYS = {"compute_metrics", "preprocess_logits_for_metrics"}
 
 
 def task_module(task: str, folder: str | None = None) -> ModuleType:
@@ -43,8 +46,19 @@ def ready_tokenizer(task: ModuleType, plan: Plan, documents: Any, tokenizer: Any
 
 
 def evaluation_of(task: ModuleType, plan: Plan) -> dict[str, Any]:
-    """Give the Trainer's keywords for the metrics of a task; none where the loss says it all."""
-    return dict(task.evaluation(plan)) if hasattr(task, "evaluation") else metrics.evaluation(plan)
+    """Give the Trainer's keywords for the metrics of a task; none where the loss says it all.
+
+    Raises MptError for a task of the user's own that gives others.
+    """
+    if not hasattr(task, "evaluation"):
+        return metrics.evaluation(plan)
+    given = dict(task.evaluation(plan))
+    if odd := sorted(given.keys() - EVALUATION_KEYS):
+        raise MptError(
+            f"task: evaluation() of {task.__name__} gives {', '.join(odd)}",
+            remedy=f"It may give {' and '.join(sorted(EVALUATION_KEYS))}.",
+        )
+    return given
 
 
 def model_of(task: ModuleType, plan: Plan, tokenizer: Any, samples: Samples, *, seed: int) -> Any:
