@@ -83,6 +83,21 @@ def find_classes(column: Column, count: int | None = None, known: Sequence[str] 
     return Classes(names, numbers)
 
 
+def classes_of_model(names: Sequence[str], column: Column) -> Classes:
+    """Give the classes of a trained model, by the names in its configuration: rows that it is evaluated on may lack
+    some, and number none. Whole numbers that are no names are the classes' own numbers."""
+    check_labels(column)
+    spelt = {
+        label: label if isinstance(label, str) else _spelt(label) if column.names is None else column.names[label]
+        for label in dict.fromkeys(column.values)
+        if column.names is None or 0 <= label < len(column.names)
+    }
+    numbers: dict[Any, int] = {label: names.index(name) for label, name in spelt.items() if name in names}
+    if not numbers and not any(isinstance(label, str) for label in column.values):
+        numbers = {number: number for number in range(len(names))}
+    return Classes(tuple(names), numbers)
+
+
 def check_labels(column: Column) -> None:
     """Raise MptError for the first label that is missing, no label at all, or of another type than the first one."""
     kinds: dict[str, Any] = {}

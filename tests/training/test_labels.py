@@ -11,7 +11,7 @@ import pytest
 from mpt.errors import MptError
 from mpt.recipe.schema import DataSection
 from mpt.training.labelled import hold_out, label_column, read_labelled
-from mpt.training.labels import Classes, Column, check_labels, find_classes, to_numbers
+from mpt.training.labels import Classes, Column, check_labels, classes_of_model, find_classes, to_numbers
 
 
 def column(values: list[Any], **keys: Any) -> Column:
@@ -155,3 +155,26 @@ def test_too_few_rows_to_hold_any_out_are_all_trained_on(tmp_path: Path) -> None
     assert isinstance(documents.train, datasets.Dataset)
     assert (len(documents.train), documents.held_out) == (2, None)
     assert "too few" in documents.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "numbers"),
+    [
+        (("food", "tool", "weather"), ["weather", "food"], [2, 0]),
+        (("0", "1"), [1, 1], [1, 1]),
+        (("1", "3", "5"), [5, 3], [2, 1]),
+        (("no", "yes"), [1, 0], [1, 0]),
+    ],
+)
+def test_a_trained_model_says_which_classes_rows_to_evaluate_on_have(
+    names: tuple[str, ...], values: list[Any], numbers: list[int]
+) -> None:
+    rows = column(values)
+    assert classes_of_model(names, rows).number(rows) == numbers
+
+
+def test_a_class_that_a_trained_model_lacks_is_refused(tmp_path: Path) -> None:
+    section = written(tmp_path / "rows.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": 2}])
+    rows = Column(section, section.source_names, [1, 2])
+    with pytest.raises(MptError, match=r"rows.jsonl:2: label is 2"):
+        classes_of_model(("0", "1"), rows).number(rows)

@@ -76,5 +76,5 @@ def test_what_its_evaluation_may_give_is_said(tmp_path: Path) -> None:
     write(tmp_path, "\n".join(f"def {name}(*given): ..." for name in needed) + "\ndef evaluation(plan): return plan")
     module: Any = task_module(f"my_tasks.{tmp_path.name}", str(tmp_path))
     assert evaluation_of(module, {"compute_metrics": len}) == {"compute_metrics": len}  # type: ignore[arg-type]
-    with pytest.raises(MptError, match="gives compute_metric$"):
+    with pytest.raises(MptError, match="gives compute_metric"):
         evaluation_of(module, {"compute_metric": len})  # type: ignore[arg-type]

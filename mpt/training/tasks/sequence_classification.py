@@ -19,7 +19,7 @@ from mpt.planning.plan import Plan
 from mpt.training.data import Cuts, Documents, Samples
 from mpt.training.encoding import identify
 from mpt.training.labelled import PAIR, label_column, read_labelled
-from mpt.training.labels import Classes, Column, check_labels, find_classes, listed, to_numbers
+from mpt.training.labels import Classes, Column, check_labels, classes_of_model, find_classes, listed, to_numbers
 from mpt.training.model import build_with_head, to_config
 from mpt.training.row_files import TEXT
 
@@ -78,7 +78,10 @@ def prepare_data(plan: Plan, documents: Documents, tokenizer: PreTrainedTokenize
         low, high = min(numbers[0]), max(numbers[0])
         notices.append(f"regression on {len(train.values)} rows with labels from {low:g} to {high:g}")
     else:
-        classes = find_classes(train, _asked_count(plan), own_names)
+        if own_names and section.eval_source == section.source:  # all of a file is evaluated: nothing is trained on it
+            classes = classes_of_model(own_names, train)
+        else:
+            classes = find_classes(train, _asked_count(plan), own_names)
         if plan.recipe.model.config is None and own_names and len(own_names) != len(classes.names):
             raise MptError(
                 f"{plan.recipe.model.name_or_path} tells {len(own_names)} classes apart ({listed(own_names)}), and the "
