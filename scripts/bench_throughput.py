@@ -129,15 +129,7 @@ sys.exit(status)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, nargs=2, default=(3, 23), metavar=("SHORT", "LONG"))
-    parser.add_argument("--vocabulary", type=int, default=2048)
-    parser.add_argument("--attention", nargs="*", help="run mpt with each of these implementations too")
-    parser.add_argument("--peers", type=Path, help="folder with an environment for each other tool")
-    parser.add_argument("--only", nargs="*", help="names of the table")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    options = read_arguments(build_parser())
     short, long = options.steps
     made = programs(options)
     rates: dict[str, list[float]] = {name: [] for name in made}
@@ -169,6 +161,34 @@ def main() -> None:
                 print(f"round {number} {name}: {rates[name][-1]:.0f} tokens per CPU second", file=sys.stderr)
     report = summary({name: rates[name] for name in made if name not in failed}, starts, peaks)
     print(json.dumps(report, indent=2) if options.json else table(report))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, nargs=2, default=(3, 23), metavar=("SHORT", "LONG"))
+    parser.add_argument("--vocabulary", type=int, default=2048)
+    parser.add_argument("--attention", nargs="*", help="run mpt with each of these implementations too")
+    parser.add_argument("--peers", type=Path, help="folder with an environment for each other tool")
+    parser.add_argument("--only", nargs="*", help="names of the table")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def read_arguments(parser: argparse.ArgumentParser, given: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; refuse at once what can't be measured."""
+    options = parser.parse_args(given)
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: it must be at least 1")
+    if not 1 <= options.steps[0] < options.steps[1]:
+        parser.error(f"--steps {options.steps[0]} {options.steps[1]}: the second must be above the first, from 1")
+    if options.vocabulary < 512:
+        parser.error(f"--vocabulary {options.vocabulary}: it must be at least 512")
+    unknown = sorted(set(options.only or ()) - set(programs(options)))
+    if unknown or "plain" not in (options.only or ["plain"]):
+        there = ", ".join(programs(argparse.Namespace(**vars(options) | {"only": None})))
+        parser.error(f"--only: {', '.join(unknown) or 'plain is what all are compared with'}; there are {there}")
+    return options
 
 
 def summary(

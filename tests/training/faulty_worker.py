@@ -17,6 +17,7 @@
 - `{"loss_raised": {"by": 5.0, "at": [[20, 25]]}}`: it is so much higher from step to step, with the same gradients;
 - `{"raises_at": 3, "naming": ["HF_TOKEN"]}`: step 3 raises, and says what these environment variables hold, as
   libraries do with the request that failed; `{"finds_libraries": true}`: it imports from the folder `$LIBRARIES` too;
+- `{"reads_in": FILE}`: no fault, but a line a step of who read a tensor's value, each for which a GPU would be waited;
 - `{"logits_times": 2.0}`: a Llama takes its loss from so many times its head's output.
 
 `"in_attempts": [1, 2]` keeps a fault to those; a list of faults is all of them.
@@ -57,12 +58,17 @@ def install_one(fault: dict[str, Any]) -> None:
             lambda logits, **keywords: own(logits * fault["logits_times"], **keywords)
         )
     base, struck = transformers.Trainer, [0]
+    reads: list[str] = note_reads() if "reads_in" in fault else []
     compute_loss = base.compute_loss
 
     def number(trainer: Any) -> int:
         return int(trainer.state.global_step) + 1
 
     def faulty_loss(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        if "reads_in" in fault:
+            with Path(fault["reads_in"]).open("a") as file:
+                file.write(json.dumps(reads) + "\n")  # since the last step's loss
+            reads.clear()
         if "detached" in fault and not struck[0]:
             struck[0] = 1
             for name, module in self.model.named_modules():
@@ -140,6 +146,20 @@ def install_one(fault: dict[str, Any]) -> None:
             return step_end(self, args, state, control)
 
         transformers.trainer_callback.CallbackHandler.on_step_end = faulty_end
+
+
+def note_reads() -> list[str]:
+    """Note each read of a tensor's value from now on: by which method, and in which file."""
+    reads: list[str] = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__"):
+        own = getattr(torch.Tensor, name)
+
+        def noted(self: Any, *arguments: Any, name: str = name, own: Any = own) -> Any:
+            reads.append(f"{name} in {Path(sys._getframe(1).f_code.co_filename).name}")
+            return own(self, *arguments)
+
+        setattr(torch.Tensor, name, noted)
+    return reads
 
 
 def is_poisoned(trainer: Any, fault: dict[str, Any]) -> bool:

@@ -401,3 +401,17 @@ def test_the_heartbeat_tells_each_step_and_phase(fp32_run: Run) -> None:
 )
 def test_memory_that_ran_out_is_known_by_the_words_of_every_device(error: Exception, code: int) -> None:
     assert explain(error)[2] == code
+
+
+def test_a_step_s_numbers_are_read_at_once_and_nothing_else_is(new_run: Callable[..., Run], tmp_path: Path) -> None:
+    """Whatever is read of a tensor's value, item by item or in a truth test, makes the host wait for a GPU.
+
+    transformers' mask asks whether positions begin anew (5.23, find_packed_sequence_indices): before the forward pass,
+    where the host waits for the last update alone.
+    """
+    run = new_run(training={"logging_steps": 100, "save_strategy": "no"})
+    run.fault = {"reads_in": str(tmp_path / "reads")}
+    assert run.train() == 0, run.log()
+    reads = [json.loads(line) for line in (tmp_path / "reads").read_text().splitlines()]
+    # The audit looks before the first two updates; the eighth step is the last, and what follows is no step's.
+    assert reads[2:8] == [["__bool__ in masking_utils.py", "tolist in step_watch.py"]] * 6
