@@ -98,5 +98,5 @@ def _against_blocks(
         return "nobody knows yet how many steps there are"
     seconds = 6.0 * facts.parameters * tokens_a_step * steps / (FLOPS_A_CORE * (machine.cpu_cores or 1))
     if seconds < LONG_RUN_S:
-        return f"about {max(1, round(seconds / 60))} minutes of computing, and compiling takes one"
+        return f"about {seconds / 60:.1f} min of computing, and compiling takes one"
     return None

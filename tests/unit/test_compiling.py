@@ -42,7 +42,7 @@ def choose(
     ("asked", "keywords", "value", "because"),
     [
         (recipe(training=LONG), {}, "regional", "a fifth of a step"),
-        (recipe(training={"max_steps": 100}), {}, False, "minutes of computing"),
+        (recipe(training={"max_steps": 100}), {}, False, "min of computing"),
         (recipe(), {}, False, "how many steps"),
         (recipe(training=LONG), {"packages": frozenset({"torch"})}, False, "C++ compiler"),
         (recipe(training=LONG), {"packages": None}, False, "C++ compiler"),
