@@ -91,7 +91,7 @@ def test_what_remains_of_a_comparison_is_small(refused: Started) -> None:
         attempt = {path.name for path in (compare / role / "attempts" / "001").iterdir()}
         assert attempt == {
             "plan.json", "deepspeed.json", "command.txt", "worker.log", "audit.json", "measure.json", "heartbeat-0",
-            "heartbeat-1",
+            "heartbeat-1", "done-reading", "done-tokenising",
         }  # fmt: skip
 
 
