@@ -113,7 +113,7 @@ def test_a_bf16_run_whose_learning_rate_is_too_high_goes_on_with_a_lower_one_and
     # The model is sound, and has learnt.
     assert all(tensor.isfinite().all() for tensor in load_file(folder.run.final / "model.safetensors").values())
     last = {row["step"]: row["loss"] for row in folder.rows}
-    assert sum(last[step] for step in range(81, 91)) / 10 < last[1] - 0.7
+    assert sum(last[step] for step in range(81, 91)) / 10 < last[1] - 0.3
     assert all(row["loss"] < 1.5 * last[1] for row in folder.rows if row["attempt"] == summary["attempts"])
 
     # The diagnosis tells it, and names what to write into the recipe.
