@@ -114,7 +114,8 @@ def test_a_bf16_run_whose_learning_rate_is_too_high_goes_on_with_a_lower_one_and
     assert all(tensor.isfinite().all() for tensor in load_file(folder.run.final / "model.safetensors").values())
     last = {row["step"]: row["loss"] for row in folder.rows}
     assert sum(last[step] for step in range(81, 91)) / 10 < last[1] - 0.3
-    assert all(row["loss"] < 1.5 * last[1] for row in folder.rows if row["attempt"] == summary["attempts"])
+    if course == "blows up" or came_back_to[-1] is None:  # else it began where the loss was high already
+        assert all(row["loss"] < 1.5 * last[1] for row in folder.rows if row["attempt"] == summary["attempts"])
 
     # The diagnosis tells it, and names what to write into the recipe.
     doctor = subprocess.run(
