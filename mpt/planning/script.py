@@ -54,6 +54,8 @@ def _refuse(plan: Plan) -> None:
         wishes.append("distributed.strategy: fsdp2")
     if (plan.value("fp8") or {}).get("backend") == "transformer_engine":
         wishes.append("precision.fp8.backend: transformer_engine")
+    if plan.recipe.compile == "regional":  # where the plan chose it, the head of the script says that it is left out
+        wishes.append("compile: regional")
     if plan.value("nodes") > 1:
         wishes.append(f"{plan.value('nodes')} nodes")
     if not plan.recipe.data.has_plain_sources:

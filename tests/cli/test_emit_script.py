@@ -382,6 +382,7 @@ def test_what_a_recipe_says_comes_through_as_it_was_said() -> None:
         ({"metrics": ["token_accuracy"]}, "metrics"),
         ({"early_stopping": {}, "training": {"eval_strategy": "steps"}}, "early_stopping"),
         ({"distributed": {"strategy": "fsdp2"}}, "fsdp2"),
+        ({"machine": "H100", "compile": "regional"}, "compile: regional"),
         ({"precision": {"mode": "fp8", "fp8": TRANSFORMER_ENGINE}}, "transformer_engine"),
         ({"machine": "2x8xH100"}, "2 nodes"),
         ({"data": {"source": "a.jsonl", "max_bad_rows": 3}}, "data.max_bad_rows"),
